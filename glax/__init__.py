@@ -1,0 +1,1 @@
+"""Models, data, training and experiments for Gated Linear Attention."""

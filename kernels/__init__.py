@@ -1,0 +1,1 @@
+"""Public operators: arrays in, arrays out."""
