@@ -1,0 +1,185 @@
+"""Batches for training (endless, shuffled, exactly resumable) and for validation (finite, every token once)."""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Awaitable, Iterator
+
+import grain
+import jax
+import numpy as np
+from etils import epath
+
+from glax.data.config import DataConfig
+from glax.data.packing import PackedRows, ProcessRows, read_row, whole_document_rows
+from glax.data.preparation import PreparedData
+from glax.data.shards import TokenStore
+from glax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+def train_batches(
+    data: PreparedData,
+    config: DataConfig,
+    *,
+    process_index: int | None = None,
+    process_count: int | None = None,
+) -> "TrainBatches":
+    """Endless training batches of this process.
+
+    A batch is ``tokens``, ``targets``, ``segment_ids`` int32 and ``weights`` float32, each ``[batch_size /
+    process_count, sequence_length]``. ``targets`` are the tokens that follow ``tokens``; the first input of a document
+    is the end token, so each of its tokens is predicted, and its end token too. ``segment_ids`` start at 1 in a row and
+    change where a document starts. Rows are full; weights are 1 except for the tokens that the last row of an epoch
+    shares with another (see PackedRows).
+
+    Rows come in a global shuffle, another one in each epoch. The batch of a step is a function of the data,
+    ``sequence_length``, ``batch_size``, ``seed`` and the step alone; processes (jax's, unless given) take equal parts
+    of it. Raises UserError where the data is shorter than one row or processes do not divide the batch.
+    """
+    store, length = data.train, config.sequence_length
+    process_index, process_count = _processes(config, process_index, process_count)
+    if store.num_tokens < length:
+        raise UserError(
+            f"the training data has {store.num_tokens} tokens, fewer than one sequence of {length}: shorten "
+            "sequence_length or give more data"
+        )
+    described = f"{store.fingerprint} {length} {config.batch_size} {config.seed}"
+    return TrainBatches(
+        packed_dataset(store, config, process_index, process_count).__iter__(),
+        fingerprint=hashlib.sha256(described.encode()).hexdigest()[:32],
+        windows_per_epoch=-(-store.num_tokens // length),
+    )
+
+
+def packed_dataset(
+    store: TokenStore, config: DataConfig, process_index: int, process_count: int
+) -> grain.IterDataset[Batch]:
+    """The grain pipeline behind train_batches: pack, shuffle, repeat, take this process's rows, batch, prefetch."""
+    rows = PackedRows(store, config.sequence_length, config.seed).seed(config.seed).shuffle().repeat()
+    rows = ProcessRows(rows, config.batch_size, process_index, process_count)
+    return rows.batch(config.batch_size // process_count, drop_remainder=True).to_iter_dataset(
+        grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.prefetch if config.threads else 0)
+    )
+
+
+class TrainBatches(grain.DatasetIterator):
+    """Iterator over training batches, read ahead by threads.
+
+    Its state is the number of batches delivered, with a fingerprint of what they were drawn from; restoring the state
+    of other data or other settings raises UserError. As a checkpointable of orbax it saves one small file per process,
+    and loads whichever process's file it finds, since all hold the same state: process counts may differ.
+
+    Attributes:
+        windows_per_epoch: rows in one pass over the data.
+    """
+
+    def __init__(self, batches: grain.DatasetIterator, fingerprint: str, windows_per_epoch: int):
+        super().__init__(batches)
+        self.windows_per_epoch = windows_per_epoch
+        self._fingerprint = fingerprint
+
+    def __next__(self) -> Batch:
+        return next(self._parent)
+
+    def get_state(self) -> dict[str, int | str]:
+        return {"next_index": self._parent.get_state()["next_index"], "fingerprint": self._fingerprint}
+
+    def set_state(self, state: dict[str, int | str]) -> None:
+        if state.get("fingerprint") != self._fingerprint:
+            raise UserError(
+                "the checkpoint was made with other training data, tokenizer, sequence_length, batch_size or seed: "
+                "restore those, or start a new run"
+            )
+        self._parent.set_state({"next_index": state["next_index"]})
+
+    async def load(self, directory: epath.Path) -> Awaitable[None]:
+        async def read() -> None:
+            files = sorted(directory.glob("process_*-of-*.json"))
+            if not files:
+                raise FileNotFoundError(f"{directory} holds no state of a data iterator")
+            self.set_state(json.loads(await asyncio.to_thread(files[0].read_text)))
+
+        return read()
+
+
+def validation_batches(
+    data: PreparedData,
+    config: DataConfig,
+    *,
+    process_index: int | None = None,
+    process_count: int | None = None,
+) -> "ValidationBatches":
+    """One pass over the validation documents, the same each time; batches like train_batches'.
+
+    A document that fits in a row is read whole. A longer one is cut at multiples of ``sequence_length`` and each part
+    starts from a fresh state, so the first tokens of a part are predicted with less context than the text offers.
+    """
+    process_index, process_count = _processes(config, process_index, process_count)
+    return ValidationBatches(data.validation, config, process_index, process_count)
+
+
+class ValidationBatches:
+    """A validation pass, as often as it is iterated. Free places in rows and in the last batch have weight 0.
+
+    ``validation_tokens`` limits it to whole documents, taken in a fixed order until their tokens would exceed it, one
+    at least. Bits per byte is the sum of weighted negative log likelihoods in nats, over all processes, divided by
+    ``ln 2 * num_bytes``; it charges the model for each document's end token too.
+
+    Attributes:
+        num_tokens: targets with weight 1, over all processes.
+        num_bytes: UTF-8 bytes of the text they cover.
+        num_documents: documents they cover.
+    """
+
+    def __init__(self, store: TokenStore, config: DataConfig, process_index: int, process_count: int):
+        documents = _limited(store, config.validation_tokens)
+        self.num_documents = len(documents)
+        self.num_tokens = int(store.lengths[documents].sum())
+        self.num_bytes = int(store.document_bytes[documents].sum())
+        self._store = store
+        self._documents = documents
+        self._rows = whole_document_rows(store.lengths[documents], config.sequence_length)
+        self._sequence_length = config.sequence_length
+        self._batch_size = config.batch_size
+        self._part = config.batch_size // process_count
+        self._process_index = process_index
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in range(len(self)):
+            first = batch * self._batch_size + self._process_index * self._part
+            rows = [self._row(index) for index in range(first, first + self._part)]
+            yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _row(self, index: int) -> Batch:
+        pieces = self._rows[index] if index < len(self._rows) else []
+        documents, offsets, lengths = np.array(pieces, np.int64).reshape(-1, 3).T
+        starts = self._store.starts[self._documents[documents]] + offsets
+        return read_row(self._store, starts, lengths, self._sequence_length)
+
+
+def _limited(store: TokenStore, max_tokens: int | None) -> np.ndarray:
+    """Documents spread over the store whose tokens fit in ``max_tokens``; the first of them in any case."""
+    documents = np.arange(store.num_documents)
+    if max_tokens is None:
+        return documents
+    # Multiples of the golden ratio, modulo 1, fall evenly over the store however many are taken.
+    spread = np.argsort(documents * 0.6180339887498949 % 1.0, kind="stable")
+    fitting = int(np.searchsorted(np.cumsum(store.lengths[spread]), max_tokens, "right"))
+    return np.sort(spread[: max(1, fitting)])
+
+
+def _processes(config: DataConfig, process_index: int | None, process_count: int | None) -> tuple[int, int]:
+    if config.sequence_length < 1 or config.batch_size < 1:
+        raise UserError(
+            f"sequence_length is {config.sequence_length} and batch_size {config.batch_size}: both must be at least 1"
+        )
+    process_index = jax.process_index() if process_index is None else process_index
+    process_count = jax.process_count() if process_count is None else process_count
+    if config.batch_size % process_count:
+        raise UserError(f"batch_size {config.batch_size} is not a multiple of the {process_count} processes")
+    return process_index, process_count

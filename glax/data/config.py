@@ -1,0 +1,46 @@
+"""What to read, how to tokenize it, and the shape of a batch."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Text to train and validate on. The defaults train on the sources of the running Python's standard library."""
+
+    train: str | None = None
+    """Text to train on: a file, a folder, a glob, or a Hub dataset as hub:OWNER/NAME[#CONFIG][@REVISION][:SPLIT].
+    Plain text files are one document each; every row of .jsonl (also .gz, .zst) and .parquet files is one.
+    None: the sources of the Python standard library."""
+
+    validation: str | None = None
+    """Text to validate on, given like train. None: a part of train (see validation_fraction)."""
+
+    tokenizer: str = "bytes"
+    """"bytes" (257 tokens), "mistral" (32000, needs glax[mistral]), or the path of a SentencePiece model."""
+
+    cache: str | None = None
+    """Folder for prepared token shards. None: $GLAX_CACHE, or glax in $XDG_CACHE_HOME, or ~/.cache/glax."""
+
+    text_field: str = "text"
+    """Field (JSONL) or column (Parquet, Hub) that holds a document's text."""
+
+    sequence_length: int = 2048
+    """Tokens in a row of a batch."""
+
+    batch_size: int = 16
+    """Rows in a batch, over all processes."""
+
+    seed: int = 0
+    """Seed of the order of the training data."""
+
+    validation_fraction: float = 0.05
+    """Share of train that is kept for validation where no validation data is given."""
+
+    validation_tokens: int | None = None
+    """Stop adding documents to a validation pass once this many tokens are covered. None: all of them."""
+
+    threads: int = 2
+    """Threads that assemble training batches ahead of the step."""
+
+    prefetch: int = 16
+    """Training batches kept ready."""
