@@ -39,8 +39,8 @@ class DataConfig:
     validation_tokens: int | None = None
     """Stop adding documents to a validation pass once this many tokens are covered. None: all of them."""
 
-    threads: int = 2
-    """Threads that assemble training batches ahead of the step."""
+    threads: int = 1
+    """Threads that assemble training batches ahead of the step. One is fastest from memory; more hide a slow disk."""
 
     prefetch: int = 16
     """Training batches kept ready."""

@@ -21,7 +21,7 @@ from glax.errors import UserError
 
 VERSION = 1
 SHARD_TOKENS = 2**27
-# Prepared data up to this size is read when opened, to find flipped bits; of more, only sizes and boundaries are checked.
+# Up to this size, prepared data is read when opened, to find flipped bits; above, only sizes and boundaries are.
 VERIFY_BYTES = 2**26
 
 

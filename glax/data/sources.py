@@ -43,8 +43,8 @@ def find_source(spec: str | None, text_field: str = "text") -> Source:
     """The source that ``spec`` names: None (standard library), ``hub:...``, a file, a folder, or a glob.
 
     Files come in the order of their paths relative to the folder they share. A folder is read with its sub-folders,
-    hidden ones left out; of its files, those whose suffix says text, JSONL or Parquet. Raises UserError where nothing is
-    found.
+    hidden ones left out; of its files, those whose suffix says text, JSONL or Parquet. Raises UserError where nothing
+    is found.
     """
     if spec is None:
         return _standard_library()
