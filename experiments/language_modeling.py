@@ -1,0 +1,141 @@
+"""Train a gated linear attention language model.
+
+With no arguments: a small model on bytes, on the sources of Python's standard library, in minutes on a CPU.
+The run is a folder, runs/NAME, with config.json, metrics.jsonl, checkpoints/ and loss.png. Stopped or killed, it
+continues where it was when the same command is started again.
+
+Your own text (files, folders, globs, JSONL or Parquet with a "text" field):
+
+    --data.train books/ --data.validation held-out.txt --name books
+
+The paper's 340M model on SlimPajama, on eight GPUs, with another kernel:
+
+    --preset gla-340m --data.train hub:DKYoon/SlimPajama-6B --mesh.fsdp 8 --implementation xla
+
+--preset chooses the model and the settings that come with it; every other argument changes one of them, and the
+values shown below are those of the chosen preset.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from glax.data import prepare, validation_batches
+from glax.errors import exit_code
+from glax.inference import generate
+from glax.training import RECIPES, TrainConfig, TrainResult, recipe, train
+
+DEFAULT_PRESET = "gla-small-bytes"
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What the command line holds: a training run, its folder, and the text sampled at its end."""
+
+    train: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes]
+
+    preset: str = DEFAULT_PRESET
+    """Model and settings to start from."""
+
+    name: str | None = None
+    """Name of the run; its folder is RUNS/NAME. None: the preset's name."""
+
+    runs: Path = Path("runs")
+    """Folder of all runs."""
+
+    implementation: str | None = None
+    """Kernel of gated linear attention: reference, xla, mosaic_gpu, ... None: the fastest that runs here."""
+
+    sample_tokens: int = 256
+    """Length of the sampled continuation. 0: none."""
+
+    prompt: str | None = None
+    """Text to continue. None: the beginning of a validation document."""
+
+    temperature: float = 0.7
+    """Temperature of the sampling."""
+
+
+def parse(argv: list[str]) -> Arguments:
+    """Arguments of a command line; what it does not say comes from the preset that it names."""
+    preset = DEFAULT_PRESET
+    for position, argument in enumerate(argv):
+        if argument == "--preset" and position + 1 < len(argv):
+            preset = argv[position + 1]
+        elif argument.startswith("--preset="):
+            preset = argument.removeprefix("--preset=")
+    config = recipe(preset)
+    if jax.default_backend() == "cpu":
+        # CPUs have no bf16 arithmetic: it is emulated, slowly.
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype="float32"))
+    description = f"{__doc__}\nPresets: {', '.join(RECIPES)}."
+    arguments = tyro.cli(Arguments, args=argv, default=Arguments(config, preset=preset), description=description)
+    if arguments.implementation is not None:
+        model = dataclasses.replace(arguments.train.model, implementation=arguments.implementation)
+        arguments = dataclasses.replace(arguments, train=dataclasses.replace(arguments.train, model=model))
+    return arguments
+
+
+def run(argv: list[str]) -> None:
+    arguments = parse(argv)
+    config = arguments.train
+    folder = arguments.runs / (arguments.name or arguments.preset)
+    say(
+        f"{arguments.preset}: {config.model.num_parameters() / 1e6:.1f} M parameters, {config.steps} steps of "
+        f"{config.data.batch_size} x {config.data.sequence_length} tokens, {jax.device_count()} "
+        f"{jax.devices()[0].device_kind} device(s), run folder {folder}"
+    )
+    result = train(config, folder)
+    report(result, folder)
+    if arguments.sample_tokens > 0 and not result.already_complete:
+        sample(result, arguments)
+
+
+def report(result: TrainResult, folder: Path) -> None:
+    first, last = result.validations[0], result.validations[-1]
+    start, end = first["validation_bits_per_byte"], last["validation_bits_per_byte"]
+    if result.already_complete:
+        say(f"the run in {folder} is complete: {last['step']} steps. Give --name another name to train again.")
+    say(f"validation bits per byte: {start:.4f} at the start, {end:.4f} at the end ({100 * end / start:.0f}%)")
+    say(f"validation perplexity: {last['validation_perplexity']:.4g} per token")
+    say(f"waiting for data: {100 * result.data_wait:.2f}% of training time")
+    say(f"curves: {folder / 'loss.png'} and {folder / 'metrics.jsonl'}")
+
+
+def sample(result: TrainResult, arguments: Arguments) -> None:
+    """Print a prompt and what the model makes of it."""
+    config, tokenizer = arguments.train, result.tokenizer
+    if arguments.prompt is not None:
+        prompt = np.concatenate([[tokenizer.eos_id], tokenizer.encode(arguments.prompt)])
+    else:
+        row = next(iter(validation_batches(prepare(config.data, quiet=True), config.data)))
+        prompt = row["tokens"][0, : min(64, config.data.sequence_length // 2)]
+    prompt = jnp.asarray(prompt, jnp.int32)[None]
+    tokens = generate(
+        result.model,
+        prompt,
+        jnp.array([prompt.shape[1]]),
+        max_new_tokens=arguments.sample_tokens,
+        temperature=arguments.temperature,
+        seed=config.seed,
+    )
+    say(f"\nsample, after the prompt {tokenizer.decode(prompt[0])!r}:\n{tokenizer.decode(tokens[0])}")
+
+
+def say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,7 @@
+"""Training: the paper's recipe, sharded over a mesh, in run folders that survive being killed."""
+
+from glax.training.config import MeshConfig, OptimizerConfig, TrainConfig
+from glax.training.loop import TrainResult, train
+from glax.training.recipes import RECIPES, recipe
+
+__all__ = ["RECIPES", "MeshConfig", "OptimizerConfig", "TrainConfig", "TrainResult", "recipe", "train"]

@@ -1,0 +1,109 @@
+"""Asynchronous checkpoints of the state and the place in the data, and the way back to the newest readable one."""
+
+import logging
+import shutil
+from pathlib import Path
+from types import TracebackType
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from glax.data import TrainBatches
+from glax.errors import UserError
+from glax.training.state import TrainState
+
+
+class Checkpoints:
+    """The ``checkpoints/`` folder of a run: one folder per step, of which the newest ``keep`` stay.
+
+    A checkpoint gets its name in one rename after all its files are written, so a process killed while it saves leaves
+    no half checkpoint under a step's name.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self._folder = folder
+        self._checkpointer = ocp.training.Checkpointer(
+            folder.absolute(),
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._checkpointer.close()
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the newest checkpoint that is written, readable or not."""
+        checkpoints = self._checkpointer.checkpoints
+        return checkpoints[-1].step if checkpoints else None
+
+    def save(self, step: int, state: TrainState, batches: TrainBatches) -> None:
+        """Copy ``state`` and the place of ``batches``, and write them while training goes on.
+
+        Waits for the save before, if it is not done. Raises UserError where the disk refuses.
+        """
+        try:
+            self._checkpointer.save_checkpointables_async(step, {"state": _tree(state), "data": batches})
+        except OSError as error:
+            raise self._refused(error) from error
+
+    def wait(self) -> None:
+        """Until the last save is on disk."""
+        try:
+            self._checkpointer.wait()
+        except OSError as error:
+            raise self._refused(error) from error
+
+    def restore(self, abstract: TrainState, batches: TrainBatches) -> TrainState | None:
+        """The newest checkpoint that can be read, with ``batches`` set to its place; None where there is none.
+
+        Newer ones that cannot be read are moved to ``unreadable/`` in the run folder, with a line that says so. Raises
+        UserError for the place of other data.
+        """
+        for checkpoint in reversed(self._checkpointer.checkpoints):
+            step = checkpoint.step
+            try:
+                loaded = self._checkpointer.load_checkpointables(step, {"state": _tree(abstract), "data": batches})
+            except UserError:
+                raise
+            except Exception as error:  # orbax raises many kinds for a damaged file
+                user_error = _user_error(error)
+                if user_error is not None:
+                    raise user_error from error
+                self._set_aside(step, error)
+            else:
+                return TrainState(**loaded["state"])
+        return None
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        if jax.process_index() == 0:
+            unreadable = self._folder.parent / "unreadable"
+            unreadable.mkdir(exist_ok=True)
+            shutil.rmtree(unreadable / str(step), ignore_errors=True)
+            (self._folder / str(step)).rename(unreadable / str(step))
+            print(f"checkpoint {step} cannot be read ({reason}): moved to {unreadable}, trying the one before")
+        self._checkpointer.reload()
+
+    def _refused(self, error: OSError) -> UserError:
+        return UserError(
+            f"cannot write a checkpoint to {self._folder} ({error.strerror or error}): make room there and start the "
+            "same command again, it continues from the last checkpoint"
+        )
+
+
+def _tree(state: TrainState) -> dict:
+    """``state`` as plain containers, so that a checkpoint's layout does not depend on this class."""
+    return {name: getattr(state, name) for name in TrainState.__dataclass_fields__}
+
+
+def _user_error(error: BaseException | None) -> UserError | None:
+    """The UserError that ``error`` was raised from, if any."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error

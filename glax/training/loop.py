@@ -1,0 +1,209 @@
+"""A run from its first step, or from where it was left, to its last."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jax.stages import Lowered
+
+from glax.data import (
+    PreparedData,
+    Tokenizer,
+    TrainBatches,
+    check_vocabulary,
+    load_tokenizer,
+    prepare,
+    train_batches,
+    validation_batches,
+)
+from glax.errors import UserError
+from glax.models import LanguageModel
+from glax.training.checkpoints import Checkpoints
+from glax.training.config import TrainConfig
+from glax.training.journal import Journal
+from glax.training.loggers import check_loggers, open_loggers
+from glax.training.metrics import MetricsFile, Record, read_metrics
+from glax.training.plot import plot_losses
+from glax.training.profiling import Trace
+from glax.training.progress import ProgressBar
+from glax.training.run_folder import check_same_run, owned
+from glax.training.sharding import batch_sharding, check_divisible, make_mesh, place_batch, use_mesh
+from glax.training.state import Plan, TrainState, plan_state
+from glax.training.step import make_loss, make_train_step
+from glax.training.validation import validate
+
+# A device takes at most this many tokens at a time where config.microbatches is None.
+MICROBATCH_TOKENS = 32768
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a finished run leaves.
+
+    Attributes:
+        model: with the parameters after the last step.
+        tokenizer: of its text.
+        records: all of metrics.jsonl.
+        already_complete: the run was complete before this start, which trained nothing.
+    """
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    records: list[Record]
+    already_complete: bool
+
+    @property
+    def validations(self) -> list[Record]:
+        """The records of validation passes, first to last."""
+        return [record for record in self.records if "validation_loss" in record]
+
+    @property
+    def data_wait(self) -> float:
+        """Share of all training time that was spent waiting for data."""
+        steps = [record for record in self.records if "seconds" in record]
+        return sum(r["data_wait"] * r["seconds"] for r in steps) / max(sum(r["seconds"] for r in steps), 1e-9)
+
+
+def train(
+    config: TrainConfig, folder: Path, *, devices: Sequence[jax.Device] | None = None, quiet: bool = False
+) -> TrainResult:
+    """Train as ``config`` says, in the run folder ``folder``; continue there if a run of the same config was left.
+
+    On CPU a continued run has bit for bit the losses of an unbroken one. ``devices`` are all, unless given. Raises
+    UserError for bad input, before anything is written; for a run of another config in ``folder``; and where
+    ``max_skipped_steps`` steps in a row were not finite.
+    """
+    mesh = make_mesh(config.mesh, devices)
+    microbatches = choose_microbatches(config, mesh)
+    check_divisible(mesh, config.model, config.data, microbatches)
+    _check_positive(config)
+    check_loggers(config)
+    check_same_run(folder, config)
+    check_vocabulary(load_tokenizer(config.data.tokenizer), config.model.vocab_size)
+    with use_mesh(mesh):
+        plan, step = _plan_and_trace(config, mesh, microbatches)
+        data = prepare(config.data, quiet=quiet or jax.process_index() != 0)
+        with contextlib.closing(train_batches(data, config.data)) as batches, owned(folder, config):
+            return Run(config, folder, mesh, plan, step, microbatches, data, quiet).go(batches)
+
+
+def _plan_and_trace(config: TrainConfig, mesh: Mesh, microbatches: int) -> tuple[Plan, Lowered]:
+    """The plan of the state and the traced step. What models and kernels refuse, they refuse here, as a UserError."""
+    shape = (config.data.batch_size, config.data.sequence_length)
+    dtypes = {"tokens": np.int32, "targets": np.int32, "segment_ids": np.int32, "weights": np.float32}
+    sharding = batch_sharding(mesh)
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+    try:
+        plan = plan_state(config, mesh)
+        return plan, make_train_step(plan, config, microbatches).lower(plan.abstract, batch)
+    except UserError:
+        raise
+    except (NotImplementedError, ValueError) as error:
+        reason = " ".join(str(error).split("\n-----", 1)[0].split())
+        raise UserError(f"this model cannot be trained here: {reason}") from error
+
+
+def choose_microbatches(config: TrainConfig, mesh: Mesh) -> int:
+    """``config.microbatches``, or the fewest that divide a device's rows into ``MICROBATCH_TOKENS`` or less each."""
+    if config.microbatches is not None:
+        return config.microbatches
+    rows = max(1, config.data.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"]))
+    fits = (n for n in range(1, rows) if rows % n == 0 and rows // n * config.data.sequence_length <= MICROBATCH_TOKENS)
+    return next(fits, rows)
+
+
+def _check_positive(config: TrainConfig) -> None:
+    for name in ("steps", "evaluate_every", "checkpoint_every", "keep_checkpoints", "max_skipped_steps", "log_every"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} is {getattr(config, name)}: it must be at least 1")
+
+
+class Run:
+    """One start of a run: the pieces that ``train`` has put together, and the loop over them."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        mesh: Mesh,
+        plan: Plan,
+        step: Lowered,
+        microbatches: int,
+        data: PreparedData,
+        quiet: bool,
+    ):
+        self.config = config
+        self.folder = folder
+        self.mesh = mesh
+        self.plan = plan
+        self.step = step
+        self.tokenizer = data.tokenizer
+        self.validation = validation_batches(data, config.data)
+        self.loss = make_loss(plan, microbatches)
+        self.quiet = quiet
+
+    def go(self, batches: TrainBatches) -> TrainResult:
+        config = self.config
+        with Checkpoints(self.folder / "checkpoints", config.keep_checkpoints) as checkpoints:
+            state = checkpoints.restore(self.plan.abstract, batches)
+            first = 0 if state is None else int(state.step)
+            already_complete = first >= config.steps
+            metrics = MetricsFile(self.folder / "metrics.jsonl", last_step=first if state is not None else -1)
+            with contextlib.ExitStack() as stack:
+                stack.callback(metrics.close)
+                if not already_complete:
+                    loggers = open_loggers(config, self.folder, first)
+                    for logger in loggers:
+                        stack.callback(logger.close)
+                    bar = stack.enter_context(ProgressBar(first, config.steps, self.quiet))
+                    journal = Journal(config, self.mesh, metrics, loggers, bar)
+                    state = self._train(state, batches, checkpoints, journal)
+        records = read_metrics(self.folder / "metrics.jsonl")
+        plot = self.folder / "loss.png"
+        if jax.process_index() == 0 and not (already_complete and plot.exists()):
+            plot_losses(records, plot, self.folder.name)
+        return TrainResult(self.plan.build(state.params), self.tokenizer, records, already_complete)
+
+    def _train(
+        self, state: TrainState | None, batches: TrainBatches, checkpoints: Checkpoints, journal: Journal
+    ) -> TrainState:
+        """Steps from ``state`` (None: from the start) to the last, with validation and checkpoints as configured.
+
+        At a step's end come its metrics, then validation, then the checkpoint: a checkpoint at step s therefore stands
+        for metrics.jsonl up to s, complete.
+        """
+        config = self.config
+        first = 0 if state is None else int(state.step)
+        started = time.monotonic()
+        compiled = self.step.compile()
+        where = "" if state is None else f"continuing after step {first}; "
+        journal.bar.say(f"{where}compiled the step in {time.monotonic() - started:.1f} s")
+        if state is None:
+            state = self.plan.initialize()
+            journal.validation(0, self._validate(state))
+        trace = Trace(self.folder / "profile" if config.profile else None, first, config.steps)
+        journal.start_clock()
+        for step in range(first + 1, config.steps + 1):
+            trace.before(step)
+            batch = journal.wait_for(lambda: next(batches))
+            state, metrics = compiled(state, place_batch(batch, self.mesh))
+            journal.step(step, metrics)
+            if trace.after(step, state):
+                journal.bar.say(f"wrote a profile of a few steps to {trace.folder}")
+            if step % config.evaluate_every == 0 or step == config.steps:
+                journal.drain()
+                with journal.paused():
+                    journal.validation(step, self._validate(state))
+            if step % config.checkpoint_every == 0 or step == config.steps:
+                journal.drain()
+                checkpoints.save(step, state, batches)
+        checkpoints.wait()
+        return state
+
+    def _validate(self, state: TrainState) -> dict[str, float]:
+        return validate(self.loss, state.params, self.validation, self.mesh)
