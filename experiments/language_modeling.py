@@ -38,7 +38,7 @@ DEFAULT_PRESET = "gla-small-bytes"
 class Arguments:
     """What the command line holds: a training run, its folder, and the text sampled at its end."""
 
-    train: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes]
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
     preset: str = DEFAULT_PRESET
     """Model and settings to start from."""

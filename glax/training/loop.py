@@ -86,13 +86,13 @@ def train(
     check_same_run(folder, config)
     check_vocabulary(load_tokenizer(config.data.tokenizer), config.model.vocab_size)
     with use_mesh(mesh):
-        plan, step = _plan_and_trace(config, mesh, microbatches)
+        plan, step = plan_and_trace(config, mesh, microbatches)
         data = prepare(config.data, quiet=quiet or jax.process_index() != 0)
         with contextlib.closing(train_batches(data, config.data)) as batches, owned(folder, config):
             return Run(config, folder, mesh, plan, step, microbatches, data, quiet).go(batches)
 
 
-def _plan_and_trace(config: TrainConfig, mesh: Mesh, microbatches: int) -> tuple[Plan, Lowered]:
+def plan_and_trace(config: TrainConfig, mesh: Mesh, microbatches: int) -> tuple[Plan, Lowered]:
     """The plan of the state and the traced step. What models and kernels refuse, they refuse here, as a UserError."""
     shape = (config.data.batch_size, config.data.sequence_length)
     dtypes = {"tokens": np.int32, "targets": np.int32, "segment_ids": np.int32, "weights": np.float32}

@@ -77,7 +77,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         loss, gradients = loss_and_gradients(plan, state.params, batch, microbatches)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         rate = learning_rate(state.step, config.optimizer, config.steps)
         updates, opt_state = plan.optimizer.update(gradients, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
