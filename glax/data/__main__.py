@@ -1,4 +1,4 @@
-"""``python -m glax.data``: prepare data ahead of training, and say what there is."""
+"""Prepare data ahead of training (``python -m glax.data``), check it, and say what there is."""
 
 import sys
 

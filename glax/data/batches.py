@@ -4,11 +4,11 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Awaitable, Iterator
+from pathlib import Path
 
 import grain
 import jax
 import numpy as np
-from etils import epath
 
 from glax.data.config import DataConfig
 from glax.data.packing import PackedRows, ProcessRows, read_row, whole_document_rows
@@ -94,14 +94,13 @@ class TrainBatches(grain.DatasetIterator):
             )
         self._parent.set_state({"next_index": state["next_index"]})
 
-    async def load(self, directory: epath.Path) -> Awaitable[None]:
-        async def read() -> None:
-            files = sorted(directory.glob("process_*-of-*.json"))
-            if not files:
-                raise FileNotFoundError(f"{directory} holds no state of a data iterator")
-            self.set_state(json.loads(await asyncio.to_thread(files[0].read_text)))
-
-        return read()
+    async def load(self, directory: Path) -> Awaitable[None]:
+        # At once rather than in the awaitable that is returned, whose errors orbax takes for a missing handler.
+        files = sorted(directory.glob("process_*-of-*.json"))
+        if not files:
+            raise FileNotFoundError(f"{directory} holds no state of a data iterator")
+        self.set_state(json.loads(files[0].read_text()))
+        return asyncio.sleep(0)
 
 
 def validation_batches(
@@ -178,6 +177,8 @@ def _processes(config: DataConfig, process_index: int | None, process_count: int
         raise UserError(
             f"sequence_length is {config.sequence_length} and batch_size {config.batch_size}: both must be at least 1"
         )
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"seed is {config.seed}: give a number from 0 to {2**32 - 1}")
     process_index = jax.process_index() if process_index is None else process_index
     process_count = jax.process_count() if process_count is None else process_count
     if config.batch_size % process_count:

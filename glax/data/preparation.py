@@ -127,19 +127,17 @@ def _write_folder(
     try:
         (partial / "source.json").write_text(json.dumps(description, indent=1))
         writers = {part: ShardWriter(partial / part, tokenizer.vocab_size, tokenizer.eos_id) for part in parts}
-        texts = _assigned(source, fraction)
-        progress = _Progress(source.name, quiet)
-        for batch in _encode_batches(texts):
-            encoded = tokenizer.encode_batch([text for _, text in batch])
-            for (part, text), ids in zip(batch, encoded, strict=True):
-                num_bytes = len(text.encode())
-                writers[part].write(ids, num_bytes)
-                progress.add(num_bytes, len(ids) + 1)
-        if progress.documents == 0:
-            raise UserError(f"{source.name} holds no text: give other data")
-        for writer in writers.values():
-            writer.close()
-        progress.finish()
+        with _Progress(source.name, quiet) as progress:
+            for batch in _encode_batches(_assigned(source, fraction)):
+                encoded = tokenizer.encode_batch([text for _, text in batch])
+                for (part, text), ids in zip(batch, encoded, strict=True):
+                    num_bytes = len(text.encode())
+                    writers[part].write(ids, num_bytes)
+                    progress.add(num_bytes, len(ids) + 1)
+            if progress.documents == 0:
+                raise UserError(f"{source.name} holds no text: give other data")
+            for writer in writers.values():
+                writer.close()
         partial.chmod(0o755)
         try:
             os.rename(partial, folder)
@@ -223,10 +221,17 @@ class _Progress:
             self._shown = time.monotonic()
             print(f"\r{self._line('preparing')}", end="", file=sys.stderr, flush=True)
 
-    def finish(self) -> None:
-        if not self._quiet:
-            start, end = ("\r", "\x1b[K") if sys.stderr.isatty() else ("", "")
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if self._quiet:
+            return
+        start, end = ("\r", "\x1b[K") if sys.stderr.isatty() else ("", "")
+        if error is None:
             print(f"{start}{self._line('prepared')}{end}", file=sys.stderr, flush=True)
+        else:
+            print(f"{start}{end}", end="", file=sys.stderr, flush=True)
 
     def _line(self, verb: str) -> str:
         speed = self._bytes / 1e6 / max(time.monotonic() - self._start, 1e-3)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 
 from glax.errors import UserError
 
@@ -51,7 +51,7 @@ class ShardWriter:
         self._tokens: BinaryIO | None = None
         self._documents: BinaryIO | None = None
 
-    def write(self, ids: Int[np.ndarray, " n"], num_bytes: int) -> None:
+    def write(self, ids: Integer[np.ndarray, " n"], num_bytes: int) -> None:
         """Append a document of token ids (without the end token) whose text has ``num_bytes`` UTF-8 bytes."""
         length = len(ids) + 1
         if self._tokens is None or self._shards[-1].tokens + length > self._shard_tokens:

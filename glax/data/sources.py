@@ -10,7 +10,7 @@ import re
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from glax.errors import UserError
 
@@ -30,6 +30,7 @@ class Document:
     text: str
 
 
+@runtime_checkable
 class Source(Protocol):
     """Documents in a fixed order. ``fingerprint`` is cheap to compute and changes when the documents may have."""
 

@@ -5,13 +5,14 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from glax.errors import UserError
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """Reversible map between text and token ids in ``[0, vocab_size)``.
 

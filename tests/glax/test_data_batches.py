@@ -166,7 +166,9 @@ def test_order_is_fixed_for_good(tmp_path):
     order, _ = PackedRows(store, 8, seed=1)._order(2)
     assert order.tolist() == [5, 3, 1, 0, 4, 2]
     config = DataConfig(sequence_length=8, batch_size=4, seed=1)
-    iterator = train_batches(PreparedData(store, store, None), config, process_index=0, process_count=1)
+    iterator = train_batches(
+        PreparedData(store, store, load_tokenizer("bytes")), config, process_index=0, process_count=1
+    )
     first = [batch["targets"][:, 0].tolist() for batch in take(iterator, 3)]
     assert first == [[92, 164, 30, 12], [147, 84, 56, 84], [92, 147, 145, 12]]
 
@@ -217,6 +219,9 @@ def test_orbax_saves_and_loads_the_iterator(data, tmp_path):
         restored = start(0, 1)
         checkpointer.load_checkpointables(11, {"data": restored})
         assert_same(take(restored, 5), wanted)
+        other = train_batches(data, dataclasses.replace(CONFIG, seed=9), process_index=0, process_count=1)
+        with pytest.raises(UserError, match="other training data"):
+            checkpointer.load_checkpointables(11, {"data": other})
     (file,) = (tmp_path / "run").glob("**/process_*.json")
     file.rename(file.with_name("process_3-of-4.json"))
     with ocp.training.Checkpointer(tmp_path / "run") as checkpointer:
@@ -253,4 +258,6 @@ def test_bad_shapes_are_one_line_errors(data):
         start(processes=3)
     with pytest.raises(UserError, match="at least 1"):
         start(batch_size=0)
+    with pytest.raises(UserError, match="seed is -1"):
+        start(seed=-1)
     assert next(start(sequence_length=data.train.num_tokens))["tokens"].shape == (8, data.train.num_tokens)

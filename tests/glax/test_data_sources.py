@@ -227,7 +227,7 @@ def test_bytes_there_and_back(text):
     tokenizer = load_tokenizer("bytes")
     ids = tokenizer.encode(text)
     assert ids.tolist() == list(text.encode())
-    assert tokenizer.decode([*ids, tokenizer.eos_id]) == text
+    assert tokenizer.decode([*ids.tolist(), tokenizer.eos_id]) == text
     assert [one.tolist() for one in tokenizer.encode_batch([text, "x"])] == [ids.tolist(), [120]]
 
 
