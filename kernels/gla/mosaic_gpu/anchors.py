@@ -1,0 +1,68 @@
+"""Gates inside a chunk of 64 tokens, with no exponent that can overflow.
+
+With b the running sum of log_alpha, the weight of key j in output i is exp(b_i - b_j), a sum of the gates between them. It is split at
+an anchor m between the two: exp(b_i - b_m) goes to the query row, exp(b_m - b_j) to the key row, and the products run on tensor cores.
+Every such exponent is a sum of gates, so a 0/1/-1 matrix times the gates gives it exactly (bf16 operands, float32 sums): no cumulative
+sum is differenced.
+
+A *level* with half width h cuts the chunk into blocks of 2h and takes the pairs (right half, left half) of each, anchored at the first
+row of the right half: both exponents are <= 0, for any gate. A *bounded* block of 2h rows takes all its pairs at once around the same
+anchor: exponents of either sign, right only while they stay within LIMIT.
+
+    tier 1  no level, one bounded block of 64       the chunk decays by less than LIMIT nats on either side of its middle
+    tier 2  levels 32, 16, bounded blocks of 16     every 16-row block does
+    tier 3  levels 32, 16, 8, 4, 2, 1, diagonal     anything, hard resets (-inf) included
+"""
+
+import jax
+import jax.numpy as jnp
+
+from .warpgroup import BF16, iota
+
+CHUNK = 64
+LIMIT = 40.0  # nats: exp(2 * LIMIT) times a product of ordinary values stays finite in float32
+FLOOR = -200.0  # nats: exp(FLOOR) is 0 in float32, so gates below it are as good as -inf, and 0 * FLOOR is not NaN
+
+# Rows of `constant_rows`: D of the whole chunk; the depths of pairs; 8 rows that sum the gates through the middle row and 8 that sum the rest;
+# D of each level; the sums through row i (decay from the chunk's start) and after it (to its end).
+RESIDENT = 144
+DEPTHS, FIRST, SECOND, ANCHORS, PREFIX, SUFFIX = 64, 128, 136, 144, 144 + 6 * 64, 144 + 7 * 64
+
+
+def in_right_half(half, shape=(64, 64)) -> jax.Array:
+    """Rows in the right half of their block of 2 * half."""
+    return (iota(0, shape) & half) != 0
+
+
+def level_pairs(depths: jax.Array, half_log2) -> jax.Array:
+    """Pairs (i, j) of a level: same block of 2 * half, i in its right half, j in its left half."""
+    return depths == half_log2
+
+
+def bounded_pairs(depths: jax.Array, size_log2) -> jax.Array:
+    """Causal pairs within blocks of `size` rows."""
+    return depths < size_log2
+
+
+def beyond_limit(exponents: jax.Array) -> jax.Array:
+    """Per row: 1 where an exponent is larger than LIMIT either way, or NaN (a reset among the gates); else 0."""
+    return jnp.max(jnp.where(jnp.abs(exponents) <= LIMIT, 0.0, 1.0), axis=1)
+
+
+def constant_rows() -> jax.Array:
+    """The matrices that multiply gates, stacked: [656, 64] bf16; the first RESIDENT rows stay in shared memory.
+
+    A matrix for half width h gives (D @ gates)[i] = b_i - b_m, m the middle row of i's block of 2h: >= 0 left of m, <= 0 right of it.
+    The depth of a pair i > j is log2 of the half width of the level that takes it; -1 on the diagonal, 64 above it. (A table, because
+    masks made from iota are hoisted out of the chunk loop by the compiler, and fill the registers.)
+    """
+    i, t = jnp.arange(64)[:, None], jnp.arange(64)[None]
+
+    def anchor(half):
+        m = (i & ~(2 * half - 1)) + half
+        return jnp.where((t > m) & (t <= i), 1.0, 0.0) - jnp.where((t > i) & (t <= m), 1.0, 0.0)
+
+    first, second = (jnp.broadcast_to(jnp.where(rows, 1.0, 0.0), (8, 64)) for rows in (t <= 32, t > 32))
+    anchors = [anchor(half) for half in (32, 16, 8, 4, 2, 1)]
+    depths = jnp.where(i > t, jnp.floor(jnp.log2(jnp.maximum(i ^ t, 1))), jnp.where(i == t, -1.0, 64.0))
+    return jnp.concatenate([anchors[0], depths, first, second, *anchors, jnp.tril(jnp.ones((64, 64))), jnp.triu(jnp.ones((64, 64)), 1)]).astype(BF16)

@@ -1,0 +1,101 @@
+"""Idioms of one warpgroup: tiled shared memory, matrix products, meeting points.
+
+Everything here works on [64, n] register arrays in the layout that `wgmma` accumulates in, and on shared-memory refs tiled so that
+`wgmma` and TMA both read them. `Interpreted` products stand in where the Pallas interpreter lacks an operand form of the hardware.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+WGMMA = plgpu.Layout.WGMMA
+ROW = WGMMA.reduce(1)  # one value per row of a [64, n] array
+COLUMN = WGMMA.reduce(0)  # one value per column
+BF16, F32 = jnp.bfloat16, jnp.float32
+SWIZZLE = 128  # bytes; a tile of shared memory is 8 rows of 64 bf16
+
+
+def shared(shape: tuple[int, ...], dtype=BF16):
+    """Shared memory that `wgmma` and TMA read: 8 x 64 tiles, 128-byte swizzle."""
+    return plgpu.SMEM(shape, dtype, transforms=transforms(dtype))
+
+
+def transforms(dtype=BF16):
+    """Tiling and swizzle of `shared`, also for the blocks that TMA writes."""
+    return plgpu.TilingTransform((8, SWIZZLE // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(SWIZZLE)
+
+
+def load(ref, layout=WGMMA, optimized=True) -> jax.Array:
+    """Shared or device memory to registers; `optimized=False` allows device memory."""
+    return plgpu.load(ref, layout=layout, optimized=optimized)
+
+
+def iota(axis: int, shape=(64, 64)) -> jax.Array:
+    """Row (0) or column (1) numbers of a register array."""
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=WGMMA)
+
+
+def along_rows(column: jax.Array, shape) -> jax.Array:
+    """Per-row values [m], spread over the columns of [m, n]."""
+    return lax.broadcast_in_dim(column, shape, (0,))
+
+
+def along_columns(row: jax.Array, shape) -> jax.Array:
+    """Per-column values [n], spread over the rows of [m, n]."""
+    return lax.broadcast_in_dim(row, shape, (1,))
+
+
+def meet(barrier) -> None:
+    """All warpgroups of the block wait for each other; None where there is only one."""
+    if barrier is not None:
+        plgpu.barrier_arrive(barrier)
+        plgpu.barrier_wait(barrier)
+
+
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """Matrix products of one warpgroup.
+
+    `wgmma` takes its left operand from registers and adds to accumulators that hold a value; the interpreter does neither, so there
+    the operand goes through `spare` (shared memory of this warpgroup, [64, 64] bf16) and the sum is made afterwards.
+    """
+
+    spare: object = None
+
+    def __call__(self, a, b, shape, *, onto: jax.Array | None = None) -> jax.Array:
+        """a @ b (+ onto) in float32; a: register array or shared ref, b: shared ref."""
+        return self.total([(a, b)], shape, onto=onto)
+
+    def total(self, pairs, shape, *, onto: jax.Array | None = None) -> jax.Array:
+        """Sum of a @ b over `pairs` (+ onto): one chain of asynchronous products, waited for once."""
+        if self.spare is not None:
+            return self._interpreted(pairs, shape, onto)
+
+        def run(accumulator):
+            for a, b in pairs:
+                plgpu.wgmma(accumulator, a, b)
+            return accumulator[...] if onto is None else None
+
+        if onto is None:
+            return pl.run_scoped(run, plgpu.ACC(shape, F32))
+        return pl.run_state(run)(plgpu.ACC.init(onto))
+
+    def _interpreted(self, pairs, shape, onto):
+        total = onto
+        for a, b in pairs:
+            if isinstance(a, jax.Array):
+                self.spare[...] = a
+                plgpu.commit_smem()
+                a = self.spare
+
+            def run(accumulator, a=a, b=b):
+                plgpu.wgmma(accumulator, a, b)
+                return accumulator[...]
+
+            product = pl.run_scoped(run, plgpu.ACC(shape, F32))
+            total = product if total is None else total + product
+        return total
