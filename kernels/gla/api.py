@@ -14,6 +14,7 @@ from . import recurrence
 # and with scale a float, and brings its own derivative and sharding; and `unsupported`, which takes the same arguments and the
 # platform, and gives None or a sentence that says which argument it cannot run and why.
 IMPLEMENTATIONS = {
+    "xla": "kernels.gla.chunked",
     "reference": "kernels.gla.recurrence",
 }
 
