@@ -116,14 +116,15 @@ def validation_batches(
     starts from a fresh state, so the first tokens of a part are predicted with less context than the text offers.
     """
     process_index, process_count = _processes(config, process_index, process_count)
-    return ValidationBatches(data.validation, config, process_index, process_count)
+    return ValidationBatches(data, config, process_index, process_count)
 
 
 class ValidationBatches:
     """A validation pass, as often as it is iterated. Free places in rows and in the last batch have weight 0.
 
-    ``validation_tokens`` limits it to whole documents, taken in a fixed order until their tokens would exceed it, one
-    at least. Bits per byte is the sum of weighted negative log likelihoods in nats, over all processes, divided by
+    ``validation_tokens`` limits it to documents spread over the data, the last one to its head (where the tokenizer
+    changes text, so that a head's bytes cannot be counted, the last one is left out, or read whole if it is the first).
+    Bits per byte is the sum of weighted negative log likelihoods in nats, over all processes, divided by
     ``ln 2 * num_bytes``; it charges the model for each document's end token too.
 
     Attributes:
@@ -132,14 +133,12 @@ class ValidationBatches:
         num_documents: documents they cover.
     """
 
-    def __init__(self, store: TokenStore, config: DataConfig, process_index: int, process_count: int):
-        documents = _limited(store, config.validation_tokens)
-        self.num_documents = len(documents)
-        self.num_tokens = int(store.lengths[documents].sum())
-        self.num_bytes = int(store.document_bytes[documents].sum())
-        self._store = store
-        self._documents = documents
-        self._rows = whole_document_rows(store.lengths[documents], config.sequence_length)
+    def __init__(self, data: PreparedData, config: DataConfig, process_index: int, process_count: int):
+        self._documents, lengths, self.num_bytes = _chosen(data, config.validation_tokens)
+        self.num_documents = len(self._documents)
+        self.num_tokens = int(lengths.sum())
+        self._store = data.validation
+        self._rows = whole_document_rows(lengths, config.sequence_length)
         self._sequence_length = config.sequence_length
         self._batch_size = config.batch_size
         self._part = config.batch_size // process_count
@@ -161,15 +160,42 @@ class ValidationBatches:
         return read_row(self._store, starts, lengths, self._sequence_length)
 
 
-def _limited(store: TokenStore, max_tokens: int | None) -> np.ndarray:
-    """Documents spread over the store whose tokens fit in ``max_tokens``; the first of them in any case."""
+def _chosen(data: PreparedData, max_tokens: int | None) -> tuple[np.ndarray, np.ndarray, int]:
+    """Validation documents to read, how many tokens of each, and the bytes of text which those cover."""
+    store = data.validation
     documents = np.arange(store.num_documents)
-    if max_tokens is None:
-        return documents
+    if max_tokens is None or store.num_tokens <= max_tokens:
+        return documents, store.lengths, store.num_bytes
     # Multiples of the golden ratio, modulo 1, fall evenly over the store however many are taken.
     spread = np.argsort(documents * 0.6180339887498949 % 1.0, kind="stable")
-    fitting = int(np.searchsorted(np.cumsum(store.lengths[spread]), max_tokens, "right"))
-    return np.sort(spread[: max(1, fitting)])
+    ends = np.cumsum(store.lengths[spread])
+    whole = int(np.searchsorted(ends, max_tokens, "right"))
+    num_bytes = int(store.document_bytes[spread[:whole]].sum())
+    room = max_tokens - (int(ends[whole - 1]) if whole else 0)
+    head, head_bytes = _head(data, int(spread[whole]), room)
+    if head == 0 and whole == 0:
+        head, head_bytes = int(store.lengths[spread[0]]), int(store.document_bytes[spread[0]])
+    if head > 0:
+        num_bytes += head_bytes
+        whole += 1
+    lengths = store.lengths[spread[:whole]]
+    if head > 0:
+        lengths[-1] = head
+    by_place = np.argsort(spread[:whole])
+    return spread[by_place], lengths[by_place], num_bytes
+
+
+def _head(data: PreparedData, document: int, max_tokens: int) -> tuple[int, int]:
+    """Tokens and bytes of the longest head of a document, within ``max_tokens``, whose bytes are certain; else 0, 0."""
+    ids = data.validation.document(document)
+    text = data.tokenizer.decode(ids)
+    if len(text.encode()) != data.validation.document_bytes[document]:
+        return 0, 0  # the tokenizer changes text, so the tokens do not tell which bytes they stand for
+    for tokens in range(min(max_tokens, len(ids)), max(0, max_tokens - 8), -1):
+        head = data.tokenizer.decode(ids[:tokens])
+        if text.startswith(head) and not head.endswith("\ufffd"):  # else it ends inside a character
+            return tokens, len(head.encode())
+    return 0, 0
 
 
 def _processes(config: DataConfig, process_index: int | None, process_count: int | None) -> tuple[int, int]:

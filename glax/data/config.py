@@ -37,7 +37,7 @@ class DataConfig:
     """Share of train that is kept for validation where no validation data is given."""
 
     validation_tokens: int | None = None
-    """Stop adding documents to a validation pass once this many tokens are covered. None: all of them."""
+    """Tokens of a validation pass, at most: documents spread over the validation data. None: all of it."""
 
     threads: int = 1
     """Threads that assemble training batches ahead of the step. One is fastest from memory; more hide a slow disk."""

@@ -18,6 +18,7 @@ from glax.data import DataConfig, PreparedData, TokenStore, load_tokenizer, trai
 from glax.data.batches import packed_dataset
 from glax.data.packing import PackedRows
 from glax.data.shards import ShardWriter
+from glax.data.tokenizers import ByteTokenizer
 from glax.errors import UserError
 
 EOS = 256
@@ -125,15 +126,46 @@ def test_validation_reads_every_target_once(lengths, length, batch_size, process
         assert got == wanted
 
 
-def test_validation_stops_at_whole_documents(data):
-    config = dataclasses.replace(CONFIG, validation_tokens=1000)
+TEXTS = ["größer " * 9 + str(i) for i in range(30)] + ["\N{SNOWMAN}" * 50, "x"]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 50, 51, 52, 53, 1000, 1001, 1002, 1003, 10**6])
+def test_validation_limit_counts_the_bytes_it_reads(tmp_path, limit):
+    tokenizer = load_tokenizer("bytes")
+    writer = ShardWriter(tmp_path / "store", 257, EOS)
+    for text in TEXTS:
+        writer.write(tokenizer.encode(text), len(text.encode()))
+    writer.close()
+    store = TokenStore(tmp_path / "store")
+    data = PreparedData(store, store, tokenizer)
+    config = DataConfig(sequence_length=256, batch_size=4, validation_tokens=limit)
     some = validation_batches(data, config, process_index=0, process_count=1)
+    assert_same(list(some), list(some))
+    read = np.concatenate([batch["targets"][batch["weights"] > 0] for batch in some])
+    assert min(limit - 3, store.num_tokens) <= some.num_tokens == len(read) <= limit
+    assert some.num_bytes == np.sum(read != EOS)
+    assert "\ufffd" not in tokenizer.decode(read), "a document was cut inside a character"
+
+
+class Lossy(ByteTokenizer):
+    """Its text is not the one that was encoded, so its tokens do not tell how many bytes they stand for."""
+
+    def decode(self, ids):
+        return "?"
+
+
+def test_validation_limit_keeps_to_whole_documents_of_a_lossy_tokenizer(data):
+    data = dataclasses.replace(data, tokenizer=Lossy())
+
+    def start(limit):
+        config = dataclasses.replace(CONFIG, validation_tokens=limit)
+        return validation_batches(data, config, process_index=0, process_count=1)
+
+    some = start(1000)
     assert 700 < some.num_tokens <= 1000
     assert some.num_bytes == 3 * (some.num_tokens - some.num_documents)
     assert sum(batch["weights"].sum() for batch in some) == some.num_tokens
-    assert_same(list(some), list(some))
-    one = validation_batches(data, dataclasses.replace(CONFIG, validation_tokens=1), process_index=0, process_count=1)
-    assert one.num_documents == 1
+    assert start(1).num_documents == 1
 
 
 def test_an_epoch_is_a_shuffle_of_its_rows_and_another_in_each_epoch(data):
