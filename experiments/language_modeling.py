@@ -17,6 +17,7 @@ values shown below are those of the chosen preset.
 """
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -30,6 +31,7 @@ from glax.data import prepare, validation_batches
 from glax.errors import exit_code
 from glax.inference import generate
 from glax.training import RECIPES, TrainConfig, TrainResult, recipe, train
+from provenance import provenance
 
 DEFAULT_PRESET = "gla-small-bytes"
 
@@ -60,6 +62,9 @@ class Arguments:
 
     temperature: float = 0.7
     """Temperature of the sampling."""
+
+    results: Path | None = None
+    """Also write the curves to this JSON file, with the settings and what they ran on."""
 
 
 def parse(argv: list[str]) -> Arguments:
@@ -93,6 +98,8 @@ def run(argv: list[str]) -> None:
     )
     result = train(config, folder)
     report(result, folder)
+    if arguments.results is not None and jax.process_index() == 0:
+        write_results(result, arguments)
     if arguments.sample_tokens > 0 and not result.already_complete:
         sample(result, arguments)
 
@@ -106,6 +113,24 @@ def report(result: TrainResult, folder: Path) -> None:
     say(f"validation perplexity: {last['validation_perplexity']:.4g} per token")
     say(f"waiting for data: {100 * result.data_wait:.2f}% of training time")
     say(f"curves: {folder / 'loss.png'} and {folder / 'metrics.jsonl'}")
+
+
+def write_results(result: TrainResult, arguments: Arguments) -> None:
+    """The validation curve, and the training loss of every tenth step, as one JSON file."""
+    steps = [record for record in result.records if "loss" in record]
+    content = {
+        "preset": arguments.preset,
+        "config": dataclasses.asdict(arguments.train),
+        "parameters": arguments.train.model.num_parameters(),
+        "ran_on": provenance(),
+        "validation": result.validations,
+        "training": [{"step": r["step"], "loss": r["loss"]} for r in steps if r["step"] % 10 == 0],
+        "training_seconds": sum(record["seconds"] for record in steps),
+        "data_wait": result.data_wait,
+    }
+    arguments.results.parent.mkdir(parents=True, exist_ok=True)
+    arguments.results.write_text(json.dumps(content, indent=1) + "\n")
+    say(f"results: {arguments.results}")
 
 
 def sample(result: TrainResult, arguments: Arguments) -> None:

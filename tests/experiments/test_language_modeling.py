@@ -2,16 +2,10 @@
 
 import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "language_modeling.py"
-spec = importlib.util.spec_from_file_location("language_modeling", SCRIPT)
-language_modeling = sys.modules["language_modeling"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(language_modeling)
-main = language_modeling.main
+from language_modeling import main
 
 
 @pytest.fixture

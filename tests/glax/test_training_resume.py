@@ -21,6 +21,7 @@ DRIVER = """
 import os, runpy, signal, sys, threading, time
 script, event, what = sys.argv[1:4]
 sys.argv = [script, *sys.argv[4:]]
+sys.path.insert(0, os.path.dirname(script))
 
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
