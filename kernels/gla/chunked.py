@@ -49,17 +49,17 @@ def _attend(chunk, scale, q, k, v, log_alpha, initial_state, starts):
     batch, length, heads, key_width = q.shape
     groups, value_width = v.shape[2:]
     count = -(-length // chunk)
-    matmul = _matmul(q, k, v)
+    product = _Products(q, k, v)
     q_chunks, k_chunks, v_chunks, gates, _ = _chunks(q, k, v, log_alpha, starts, chunk, count)
-    q_in, k_out, decay = _across_chunks(scale, q_chunks, k_chunks, gates, matmul)
-    p = _intra_weights(scale, q_chunks, k_chunks, gates, matmul)
+    q_in, k_out, decay = _across_chunks(scale, q_chunks, k_chunks, gates, product)
+    p = _intra_weights(scale, q_chunks, k_chunks, gates, product)
     state = _grouped_state(initial_state, batch, groups, key_width, value_width)
     s = _state_axis(state)
 
     def step(state, chunk_inputs):
         q_in, k_out, v, decay, p = chunk_inputs
-        o = matmul(f"bgrck,bg{s}kv->bgrcv", q_in, state) + matmul("bgrij,bgjv->bgriv", p, v)
-        return _next_state(state, k_out, v, decay, matmul), o.astype(v.dtype)
+        o = product(f"bgrck,bg{s}kv->bgrcv", q_in, state) + product("bgrij,bgjv->bgriv", p, v)
+        return _next_state(state, k_out, v, decay, product), o.astype(v.dtype)
 
     state, o = jax.lax.scan(step, state, (q_in, k_out, v_chunks, decay, p))
     state = jnp.broadcast_to(state, (batch, groups, heads // groups, key_width, value_width))
@@ -76,12 +76,12 @@ def _attend_backward(chunk, scale, inputs, cotangents):
     batch, length, heads, key_width = q.shape
     groups, value_width = v.shape[2:]
     outer, inner = _nesting(-(-length // chunk))
-    matmul = _matmul(q, k, v)
+    product = _Products(q, k, v)
     q_chunks, k_chunks, v_chunks, gates, segments = _chunks(q, k, v, log_alpha, starts, chunk, outer * inner)
     do_chunks = _chunked(do, chunk, outer * inner, groups)
-    q_in, k_out, decay = _across_chunks(scale, q_chunks, k_chunks, gates, matmul)
+    q_in, k_out, decay = _across_chunks(scale, q_chunks, k_chunks, gates, product)
 
-    p, dq, dk, d_exponents = _intra_gradients(scale, q_chunks, k_chunks, v_chunks, gates, do_chunks, matmul)
+    p, dq, dk, d_exponents = _intra_gradients(scale, q_chunks, k_chunks, v_chunks, gates, do_chunks, product)
     state = _grouped_state(initial_state, batch, groups, key_width, value_width)
     s = _state_axis(state)
     d_state = d_state.reshape(batch, groups, heads // groups, key_width, value_width)
@@ -89,16 +89,16 @@ def _attend_backward(chunk, scale, inputs, cotangents):
         d_state = d_state.sum(2, keepdims=True)
 
     def advance(state, chunk_inputs):
-        return _next_state(state, *chunk_inputs, matmul), state
+        return _next_state(state, *chunk_inputs, product), state
 
     def step(d_state, chunk_inputs):
         state, q_in, k_out, v, decay, p, do = chunk_inputs
-        dq_in = matmul(f"bgrcv,bg{s}kv->bgrck", do, state)
-        dk_out = matmul(f"bgcv,bg{s}kv->bgck", v, d_state)
-        dv = matmul(f"bgck,bg{s}kv->bgcv", k_out, d_state) + matmul("bgrij,bgriv->bgjv", p, do)
+        dq_in = product(f"bgrcv,bg{s}kv->bgrck", do, state)
+        dk_out = product(f"bgcv,bg{s}kv->bgck", v, d_state)
+        dv = product(f"bgck,bg{s}kv->bgcv", k_out, d_state) + product("bgrij,bgriv->bgjv", p, do)
         decayed = decay[:, :, None, :, None] * d_state
         crossing = jnp.sum(state * decayed, (2, 4))
-        update = matmul("bgrck,bgrcv->bgrkv" if s == "r" else "bgrck,bgrcv->bgkv", q_in, do)
+        update = product("bgrck,bgrcv->bgrkv" if s == "r" else "bgrck,bgrcv->bgkv", q_in, do)
         return decayed + update.reshape(d_state.shape), (dq_in, dk_out, dv.astype(v.dtype), crossing)
 
     def group_step(d_state, group_inputs):
@@ -115,14 +115,15 @@ def _attend_backward(chunk, scale, inputs, cotangents):
     d_state, across = jax.lax.scan(group_step, d_state, (states, *grouped), reverse=True)
     dq_in, dk_out, dv, crossing = (x.reshape(-1, *x.shape[2:]) for x in across)
 
-    into, out_of = (_sums(matrix, gates) for matrix in (halving.prefix_sums(chunk), halving.suffix_sums(chunk)))
+    into = product.sums(halving.prefix_sums(chunk), gates)
+    out_of = product.sums(halving.suffix_sums(chunk), gates)
     dq = scale * (dq + dq_in * jnp.exp(into)[:, :, :, None])
     dk = dk + dk_out * jnp.exp(out_of)
     # The gate of token t has a share in every pair j < t <= i: within the chunk, from earlier chunks into it, out of it into later
     # ones, and across all of it. The rounded operands enter here, so that what a pair adds at i is exactly what it takes off at j.
     d_into = d_exponents + jnp.sum(q_in * dq_in, 3)
-    d_gates = _sums(halving.prefix_sums(chunk).T, d_into, segments)
-    d_gates += _sums(halving.suffix_sums(chunk).T, k_out * dk_out) + crossing[..., None, :]
+    d_gates = product.sums(halving.prefix_sums(chunk).T, d_into, segments)
+    d_gates += product.sums(halving.suffix_sums(chunk).T, k_out * dk_out) + crossing[..., None, :]
     d_gates = jnp.where(gates > halving.FLOOR, d_gates, 0)
 
     d_inputs = [_tokens(x, length).astype(y.dtype) for x, y in ((dq, q), (dk, k), (dv, v), (d_gates, log_alpha))]
@@ -133,63 +134,63 @@ def _attend_backward(chunk, scale, inputs, cotangents):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _next_state(state, k_out, v, decay, matmul):
-    return decay[:, :, None, :, None] * state + matmul("bgck,bgcv->bgkv", k_out, v)[:, :, None]
+def _next_state(state, k_out, v, decay, product):
+    return decay[:, :, None, :, None] * state + product("bgck,bgcv->bgkv", k_out, v)[:, :, None]
 
 
-def _across_chunks(scale, q, k, gates, matmul):
+def _across_chunks(scale, q, k, gates, product):
     """Queries decayed from the start of their chunk, keys decayed to its end, and the decay [N, B, G, K] of a whole chunk."""
     chunk = k.shape[-2]
-    into = _sums(halving.prefix_sums(chunk), gates)
-    out_of = _sums(halving.suffix_sums(chunk), gates)
-    q_in = scale * q * jnp.exp(into)[:, :, :, None]
-    return matmul.operand(q_in), matmul.operand(k * jnp.exp(out_of)), jnp.exp(into[..., -1, :])
+    into = product.sums(halving.prefix_sums(chunk), gates)
+    out_of = product.sums(halving.suffix_sums(chunk), gates)
+    q_in = q * (scale * jnp.exp(into))[:, :, :, None]
+    return product.operand(q_in), product.operand(k * jnp.exp(out_of)), jnp.exp(into[..., -1, :])
 
 
-def _level(scale, q, k, gates, half, matmul):
+def _level(scale, q, k, gates, half, product):
     """A level's decays [N, B, G, C, K], and its operands: right query rows and left key rows."""
-    decays = jnp.exp(_sums(halving.anchored_sums(k.shape[-2], half), gates))
-    q_right = scale * halving.right_rows(q, half) * halving.right_rows(decays, half)[:, :, :, None]
+    decays = jnp.exp(product.sums(halving.anchored_sums(k.shape[-2], half), gates))
+    q_right = halving.right_rows(q, half) * (scale * halving.right_rows(decays, half))[:, :, :, None]
     k_left = halving.left_rows(k, half) * halving.left_rows(decays, half)
-    return decays, matmul.operand(q_right), matmul.operand(k_left)
+    return decays, product.operand(q_right), product.operand(k_left)
 
 
-def _intra_weights(scale, q, k, gates, matmul):
+def _intra_weights(scale, q, k, gates, product):
     """P [N, B, G, R, C, C], zero above the diagonal, as an operand."""
     chunk = k.shape[-2]
     p = jnp.eye(chunk) * jnp.sum(scale * q.astype(jnp.float32) * k[:, :, :, None], -1, keepdims=True)
     for half in halving.half_widths(chunk):
-        _, q_right, k_left = _level(scale, q, k, gates, half, matmul)
-        p += halving.from_pairs(matmul("nbgrik,nbgjk->nbgrij", q_right, k_left), half)
-    return matmul.operand(p)
+        _, q_right, k_left = _level(scale, q, k, gates, half, product)
+        p += halving.from_pairs(product("nbgrik,nbgjk->nbgrij", q_right, k_left), half)
+    return product.operand(p)
 
 
-def _intra_gradients(scale, q, k, v, gates, do, matmul):
+def _intra_gradients(scale, q, k, v, gates, do, product):
     """P again; the gradients of scale * q and of k through it; and of the sums of gates b, less what each pair takes off."""
     chunk = k.shape[-2]
-    dp = matmul("nbgriv,nbgjv->nbgrij", do, v)
+    dp = product("nbgriv,nbgjv->nbgrij", do, v)
     d_diagonal = jnp.sum(dp * jnp.eye(chunk), -1, keepdims=True)
     scaled_q = scale * q.astype(jnp.float32)
     p = jnp.eye(chunk) * jnp.sum(scaled_q * k[:, :, :, None], -1, keepdims=True)
     dq = d_diagonal * k[:, :, :, None]
     dk = jnp.sum(d_diagonal * scaled_q, 3)
     d_exponents = jnp.zeros(gates.shape, jnp.float32)
-    dp = matmul.operand(dp)
+    dp = product.operand(dp)
     for half in halving.half_widths(chunk):
-        decays, q_right, k_left = _level(scale, q, k, gates, half, matmul)
-        p += halving.from_pairs(matmul("nbgrik,nbgjk->nbgrij", q_right, k_left), half)
+        decays, q_right, k_left = _level(scale, q, k, gates, half, product)
+        p += halving.from_pairs(product("nbgrik,nbgjk->nbgrij", q_right, k_left), half)
         dp_half = halving.pairs(dp, half)
-        dq_right = matmul("nbgrij,nbgjk->nbgrik", dp_half, k_left)
-        dk_left = matmul("nbgrij,nbgrik->nbgjk", dp_half, q_right)
+        dq_right = product("nbgrij,nbgjk->nbgrik", dp_half, k_left)
+        dk_left = product("nbgrij,nbgrik->nbgjk", dp_half, q_right)
         dq += halving.from_right_rows(dq_right * halving.right_rows(decays, half)[:, :, :, None], half)
         dk += halving.from_left_rows(dk_left * halving.left_rows(decays, half), half)
         d_exponents += halving.from_right_rows(jnp.sum(q_right * dq_right, 3), half)
         d_exponents -= halving.from_left_rows(k_left * dk_left, half)
-    return matmul.operand(p), dq, dk, d_exponents
+    return product.operand(p), dq, dk, d_exponents
 
 
-class _matmul:
-    """einsum with float32 sums; operands bfloat16 when all inputs are, else float32 in full precision."""
+class _Products:
+    """Products with float32 sums: operands bfloat16 when all inputs are, else float32 in full precision."""
 
     def __init__(self, *inputs):
         self.dtype = jnp.bfloat16 if all(x.dtype == jnp.bfloat16 for x in inputs) else jnp.float32
@@ -201,16 +202,19 @@ class _matmul:
         x, y = self.operand(x), self.operand(y)
         return jnp.einsum(equation, x, y, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
+    def sums(self, matrix, x, segments=None):
+        """The sums over rows of x [N, B, G, C, K] that a 0/1 matrix [C, C] picks; within `segments` [N, B, C] where given.
 
-def _sums(matrix, x, segments=None):
-    """The sums over rows of x [N, B, G, C, K] that a 0/1 matrix [C, C] picks, in float32; within segments [N, B, C] where given."""
-    matrix = jnp.asarray(matrix)
-    if segments is not None:
-        matrix = matrix & (segments[:, :, None, :, None] == segments[:, :, None, None, :])
-    matrix = jnp.broadcast_to(matrix, (*x.shape[:3], *matrix.shape[-2:])).astype(x.dtype)
-    return jnp.einsum(
-        "nbgit,nbgtk->nbgik", matrix, x, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-    )
+        Beside bfloat16 operands, float32 x goes in as two bfloat16 limbs: exact products, 16 bits of each term.
+        """
+        matrix = jnp.asarray(matrix)
+        if segments is not None:
+            matrix = matrix & (segments[:, :, None, :, None] == segments[:, :, None, None, :])
+        if x.dtype == jnp.float32 and self.dtype == jnp.bfloat16:
+            high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+            x = jnp.concatenate([high, x - high], -2)
+            matrix = jnp.concatenate([matrix, matrix], -1)
+        return self("nbgit,nbgtk->nbgik", jnp.broadcast_to(matrix, (*x.shape[:3], *matrix.shape[-2:])), x)
 
 
 def _chunks(q, k, v, log_alpha, starts, chunk, count):
