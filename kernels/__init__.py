@@ -1,5 +1,7 @@
 """Public operators: arrays in, arrays out."""
 
+from .cross_entropy import softmax_cross_entropy
 from .gla import gated_linear_attention, gated_linear_attention_step
+from .short_conv import short_convolution
 
-__all__ = ["gated_linear_attention", "gated_linear_attention_step"]
+__all__ = ["gated_linear_attention", "gated_linear_attention_step", "short_convolution", "softmax_cross_entropy"]

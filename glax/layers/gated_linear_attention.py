@@ -1,0 +1,195 @@
+"""The GLA layer (paper, Section 4.3)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from glax.layers.linear import Linear, RMSNorm
+from glax.layers.short_convolution import ShortConvolution
+from kernels import gated_linear_attention, gated_linear_attention_step
+
+FEATURE_MAPS = {
+    "relu": jax.nn.relu,
+    "sigmoid": jax.nn.sigmoid,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "sqrelu": lambda x: jnp.square(jax.nn.relu(x)),
+    "gelu": jax.nn.gelu,
+}
+
+
+class GatedLinearAttentionState(NamedTuple):
+    """What the layer keeps of the tokens before.
+
+    Attributes:
+        memory: S of each head, float32.
+        convolutions: the last inputs of the convolutions of q, k and v; None without them.
+    """
+
+    memory: Float[Array, "B H K V"]
+    convolutions: tuple[Float[Array, "B W-1 C"], ...] | None
+
+
+class GatedLinearAttention(nnx.Module):
+    """y = (swish(x W_r) * norm(o)) W_O, where o is the GLA operator of q, k, v and log_alpha = logsigmoid(x W_1 W_2 + b) / tau.
+
+    Args:
+        hidden_size: D, width of x and y.
+        num_heads: H, query heads. K = expand_k D / H, V = expand_v D / H.
+        num_kv_heads: G, heads of keys, values and gates; H when None. Query head h reads head h // (H / G).
+        gate_rank: columns of W_1.
+        gate_temperature: tau.
+        clamp_min: lower bound of log_alpha.
+        feature_map: a name in FEATURE_MAPS, applied to q and k.
+        output_gate: False leaves swish(x W_r) out.
+        short_conv_width: taps of the causal convolution, followed by SiLU, of each of q, k and v; none when None.
+        norm_eps: of the norm of o, which is over V, per head, with one weight [V] for all heads.
+        std: of the initial weights.
+        dtype: of the computation. Gates, norm and state are float32.
+        implementation: of the operator, see ``kernels.gated_linear_attention``.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        expand_k: float = 0.5,
+        expand_v: float = 1.0,
+        gate_rank: int = 16,
+        gate_temperature: float = 16.0,
+        clamp_min: float | None = None,
+        feature_map: str | None = None,
+        output_gate: bool = True,
+        short_conv_width: int | None = None,
+        norm_eps: float = 1e-6,
+        std: float = 0.02,
+        dtype: DTypeLike = jnp.bfloat16,
+        implementation: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.num_heads = num_heads
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.key_width = round(hidden_size * expand_k) // num_heads
+        self.value_width = round(hidden_size * expand_v) // num_heads
+        self.gate_temperature = gate_temperature
+        self.clamp_min = clamp_min
+        self.feature_map = feature_map
+        self.dtype = dtype
+        self.implementation = implementation
+
+        queries, keys = num_heads * self.key_width, self.num_kv_heads * self.key_width
+        values, outputs = self.num_kv_heads * self.value_width, num_heads * self.value_width
+        options = {"std": std, "dtype": dtype, "rngs": rngs}
+        self.q_proj = Linear(hidden_size, queries, axes=("embed", "heads"), **options)
+        self.k_proj = Linear(hidden_size, keys, axes=("embed", "kv_heads"), **options)
+        self.v_proj = Linear(hidden_size, values, axes=("embed", "kv_heads"), **options)
+        self.gk_down = Linear(hidden_size, gate_rank, axes=("embed", "gate"), **options)
+        self.gk_up = Linear(gate_rank, keys, axes=("gate", "kv_heads"), bias=True, **options)
+        self.g_proj = Linear(hidden_size, outputs, axes=("embed", "heads"), **options) if output_gate else None
+        self.o_proj = Linear(outputs, hidden_size, axes=("heads", "embed"), **options)
+        self.o_norm = RMSNorm(self.value_width, eps=norm_eps, dtype=jnp.float32)
+
+        def convolution(channels: int, axis: str) -> ShortConvolution | None:
+            if short_conv_width is None:
+                return None
+            return ShortConvolution(channels, short_conv_width, axis=axis, dtype=dtype, rngs=rngs)
+
+        self.q_conv = convolution(queries, "heads")
+        self.k_conv = convolution(keys, "kv_heads")
+        self.v_conv = convolution(values, "kv_heads")
+
+    def init_state(self, batch: int, max_length: int | None = None) -> GatedLinearAttentionState:
+        """The state before any token. Its size does not depend on ``max_length``."""
+        memory = jnp.zeros((batch, self.num_heads, self.key_width, self.value_width), jnp.float32)
+        if self.q_conv is None:
+            return GatedLinearAttentionState(memory, None)
+        convolutions = (self.q_conv, self.k_conv, self.v_conv)
+        return GatedLinearAttentionState(memory, tuple(conv.init_state(batch) for conv in convolutions))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        state: GatedLinearAttentionState | None = None,
+        lengths: Int[Array, "B"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], GatedLinearAttentionState | None]:
+        """All tokens at once.
+
+        ``segment_ids``: nothing passes from one segment to the next. ``state``: of the tokens before; the new one is returned
+        where it is given, else None. ``lengths``: tokens of each row that count for the new state; padding follows them.
+        """
+        q, k, v, log_alpha, convolutions = self._inputs(x, segment_ids, state, lengths)
+        if lengths is not None:
+            real = (jnp.arange(x.shape[1]) < lengths[:, None])[..., None, None]
+            k, log_alpha = (
+                jnp.where(real, k, 0),
+                jnp.where(real, log_alpha, 0),
+            )  # such a token leaves the memory as it is
+        o = gated_linear_attention(
+            q,
+            k,
+            v,
+            log_alpha,
+            initial_state=None if state is None else state.memory,
+            segment_ids=segment_ids,
+            return_final_state=state is not None,
+            implementation=self.implementation,
+        )
+        if state is not None:
+            o, memory = o
+            state = GatedLinearAttentionState(memory, convolutions)
+        return self._output(checkpoint_name(o, "token_mixing"), x), state
+
+    def step(
+        self, x: Float[Array, "B D"], state: GatedLinearAttentionState
+    ) -> tuple[Float[Array, "B D"], GatedLinearAttentionState]:
+        """One token: y and the new state, by the recurrence."""
+        x = x[:, None]
+        q, k, v, log_alpha, convolutions = self._inputs(x, None, state, None)
+        o, memory = gated_linear_attention_step(q[:, 0], k[:, 0], v[:, 0], log_alpha[:, 0], state.memory)
+        return self._output(o[:, None], x)[:, 0], GatedLinearAttentionState(memory, convolutions)
+
+    def flops_per_token(self, length: int) -> float:
+        """Multiplications and additions of the operator, forward, without the projections: k^T v and q S."""
+        return 2 * self.key_width * self.value_width * (self.num_kv_heads + self.num_heads)
+
+    def _inputs(self, x, segment_ids, state, lengths):
+        """q, k, v and log_alpha of the operator, and the new states of the convolutions."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        convolutions = None
+        if self.q_conv is not None:
+            options = {"segment_ids": segment_ids, "lengths": lengths}
+            before = (None, None, None) if state is None else state.convolutions
+            q, q_last = self.q_conv(q, state=before[0], **options)
+            k, k_last = self.k_conv(k, state=before[1], **options)
+            v, v_last = self.v_conv(v, state=before[2], **options)
+            convolutions = (q_last, k_last, v_last)
+        log_alpha = jax.nn.log_sigmoid(self.gk_up(self.gk_down(x), jnp.float32)) / self.gate_temperature
+        if self.clamp_min is not None:
+            log_alpha = jnp.maximum(log_alpha, self.clamp_min)
+        if self.feature_map is not None:
+            feature_map = FEATURE_MAPS[self.feature_map]
+            q, k = feature_map(q), feature_map(k)
+        return (
+            _split_heads(q, self.num_heads),
+            *(_split_heads(y, self.num_kv_heads) for y in (k, v, log_alpha)),
+            convolutions,
+        )
+
+    def _output(self, o, x):
+        o = self.o_norm(o).reshape(*x.shape[:-1], -1)
+        if self.g_proj is not None:
+            o = o * jax.nn.silu(self.g_proj(x).astype(jnp.float32))
+        return self.o_proj(o.astype(self.dtype))
+
+
+def _split_heads(x, heads):
+    return x.reshape(*x.shape[:-1], heads, -1)

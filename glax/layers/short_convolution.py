@@ -1,0 +1,47 @@
+"""The short convolution that a mixer may put before its queries, keys and values."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from glax.layers.sharding import parameter
+from kernels import short_convolution
+
+
+class ShortConvolution(nnx.Module):
+    """SiLU of a causal depthwise convolution of ``width`` taps.
+
+    Its weights are uniform with the variance 1 / (3 width) of PyTorch's convolutions: N(0, 0.02) would all but silence it.
+    """
+
+    def __init__(self, channels: int, width: int, *, axis: str | None, dtype: DTypeLike, rngs: nnx.Rngs):
+        bound = width**-0.5
+        weight = jax.random.uniform(rngs.params(), (channels, width), jnp.float32, -bound, bound)
+        self.weight = parameter(weight, (axis, None))
+        self.dtype = dtype
+
+    def init_state(self, batch: int) -> Float[Array, "B W-1 C"]:
+        channels, width = self.weight.shape
+        return jnp.zeros((batch, width - 1, channels), self.dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T C"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        state: Float[Array, "B W-1 C"] | None = None,
+        lengths: Int[Array, "B"] | None = None,
+    ) -> tuple[Float[Array, "B T C"], Float[Array, "B W-1 C"] | None]:
+        """y, and the last tokens of each row for the tokens to come where ``state``, those before, is given."""
+        y = short_convolution(
+            x,
+            self.weight[...],
+            initial_state=state,
+            segment_ids=segment_ids,
+            lengths=lengths,
+            return_final_state=state is not None,
+        )
+        y, state = (y, None) if state is None else y
+        return jax.nn.silu(y), state

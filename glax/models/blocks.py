@@ -1,0 +1,139 @@
+"""One block of the model, and equal blocks in a scan."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from glax.layers import GatedLinearAttention, RMSNorm, SoftmaxAttention, SwiGLU, constrain
+from glax.models.config import ModelConfig
+
+
+def _gated_linear_attention(config: ModelConfig, rngs: nnx.Rngs) -> GatedLinearAttention:
+    return GatedLinearAttention(
+        config.hidden_size,
+        config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        expand_k=config.expand_k,
+        expand_v=config.expand_v,
+        gate_rank=config.gate_rank,
+        gate_temperature=config.gate_temperature,
+        clamp_min=config.clamp_min,
+        feature_map=config.feature_map,
+        output_gate=config.output_gate,
+        short_conv_width=config.short_conv_width,
+        norm_eps=config.norm_eps,
+        std=config.initializer_range,
+        dtype=config.dtype,
+        implementation=config.implementation,
+        rngs=rngs,
+    )
+
+
+def _softmax_attention(config: ModelConfig, rngs: nnx.Rngs) -> SoftmaxAttention:
+    return SoftmaxAttention(
+        config.hidden_size,
+        config.attention_heads or config.num_heads,
+        num_kv_heads=config.attention_kv_heads,
+        window=config.attention_window,
+        rope_base=config.rope_base,
+        std=config.initializer_range,
+        dtype=config.dtype,
+        rngs=rngs,
+    )
+
+
+# Token mixers by their name in ModelConfig. What they make has, with one layer's state S, of any type:
+#   __call__(x [B,T,D], *, segment_ids, state: S | None, lengths) -> (y [B,T,D], S | None)
+#   init_state(batch, max_length: int | None) -> S      step(x [B,D], S) -> (y [B,D], S)      flops_per_token(length) -> float
+MIXERS: dict[str, Callable[[ModelConfig, nnx.Rngs], nnx.Module]] = {
+    "gla": _gated_linear_attention,
+    "attention": _softmax_attention,
+}
+
+SAVED = {
+    "full": None,
+    "matmuls": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names("token_mixing"),
+    ),
+}
+
+
+class Block(nnx.Module):
+    """y = x + mixer(norm(x)), then y + mlp(norm(y)). The residual stream has the compute dtype, as the products added to it."""
+
+    def __init__(self, config: ModelConfig, mixer: str, *, rngs: nnx.Rngs):
+        norm = {"axes": ("embed",), "eps": config.norm_eps, "dtype": config.dtype}
+        self.mixer_norm = RMSNorm(config.hidden_size, **norm)
+        self.mixer = MIXERS[mixer](config, rngs)
+        mlp = {"std": config.initializer_range, "dtype": config.dtype, "rngs": rngs}
+        has_mlp = config.mlp_width > 0
+        self.mlp_norm = RMSNorm(config.hidden_size, **norm) if has_mlp else None
+        self.mlp = SwiGLU(config.hidden_size, config.mlp_width, **mlp) if has_mlp else None
+        self.remat = config.remat
+        self.scanned = config.scan_layers
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        state: Any = None,
+        lengths: Int[Array, "B"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """All tokens at once; see the mixers for the arguments."""
+        if self.remat == "none":
+            return self._forward(x, segment_ids, state, lengths)
+        # In a scan the compiler cannot merge the second computation with the first, so it needs no barrier against it.
+        forward = jax.checkpoint(Block._forward, policy=SAVED[self.remat], prevent_cse=not self.scanned)
+        return forward(self, x, segment_ids, state, lengths)
+
+    def _forward(self, x, segment_ids, state, lengths):
+        mixed, state = self.mixer(self.mixer_norm(x), segment_ids=segment_ids, state=state, lengths=lengths)
+        x = self._add_mlp(x + mixed)
+        return constrain(x, "batch", "length", None), state
+
+    def init_state(self, batch: int, max_length: int | None) -> Any:
+        return self.mixer.init_state(batch, max_length)
+
+    def step(self, x: Float[Array, "B D"], state: Any) -> tuple[Float[Array, "B D"], Any]:
+        """One token."""
+        mixed, state = self.mixer.step(self.mixer_norm(x), state)
+        return self._add_mlp(x + mixed), state
+
+    def flops_per_token(self, length: int) -> float:
+        """Of the token mixing alone, forward."""
+        return self.mixer.flops_per_token(length)
+
+    def _add_mlp(self, x):
+        return x if self.mlp is None else x + self.mlp(self.mlp_norm(x))
+
+
+class Stack(nnx.Module):
+    """Equal blocks, one after the other, as one scan: parameters and states have a leading axis of layers."""
+
+    def __init__(self, make: Callable[[PRNGKeyArray], Block], keys: PRNGKeyArray):
+        stacked = jax.vmap(make)(keys)
+        self.block = nnx.spmd.add_axis(stacked, 0, {nnx.PARTITION_NAME: "layers"})
+        self.count = len(keys)
+
+    def __call__(self, x, *, segment_ids=None, state=None, lengths=None):
+        def layer(x, block_and_state):
+            block, state = block_and_state
+            return block(x, segment_ids=segment_ids, state=state, lengths=lengths)
+
+        return jax.lax.scan(layer, x, (self.block, state))
+
+    def init_state(self, batch: int, max_length: int | None) -> Any:
+        state = self.block.init_state(batch, max_length)
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.count, *leaf.shape)), state)
+
+    def step(self, x: Float[Array, "B D"], state: Any) -> tuple[Float[Array, "B D"], Any]:
+        return jax.lax.scan(lambda x, layer: layer[0].step(x, layer[1]), x, (self.block, state))
+
+    def flops_per_token(self, length: int) -> float:
+        return self.count * self.block.flops_per_token(length)

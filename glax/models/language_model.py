@@ -1,0 +1,123 @@
+"""The language model: embedding, blocks, norm, logits."""
+
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from glax.layers import Linear, RMSNorm, constrain, parameter
+from glax.models.blocks import Block, Stack
+from glax.models.config import ModelConfig
+
+
+class LanguageModel(nnx.Module):
+    """A decoder of tokens. ``config.mixer`` says how a block mixes tokens; there is no positional encoding but the mixer's own.
+
+    Attributes:
+        blocks: ``Block``s, or with ``scan_layers`` a ``Stack`` for each run of blocks with the same mixer. Either way the
+            same ``rngs`` give the same initial parameters.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        shape = (config.vocab_size, config.hidden_size)
+        embedding = config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32)
+        self.embedding = parameter(embedding, ("vocab", "embed"))
+        self.blocks = nnx.List(_blocks(config, jax.random.split(rngs.params(), config.num_layers)))
+        self.norm = RMSNorm(config.hidden_size, axes=("embed",), eps=config.norm_eps, dtype=config.dtype)
+        head = {"axes": ("embed", "vocab"), "std": config.initializer_range, "dtype": config.dtype, "rngs": rngs}
+        self.lm_head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, **head)
+
+    def __call__(
+        self, tokens: Int[Array, "B T"], *, segment_ids: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T vocab"]:
+        """Logits of the token after each, float32."""
+        return self._logits(self.hidden(tokens, segment_ids=segment_ids))
+
+    def hidden(
+        self, tokens: Int[Array, "B T"], *, segment_ids: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """What the logits are made of: the output of the last norm, in the compute dtype.
+
+        Nothing passes from one token to another across a change of ``segment_ids``.
+        """
+        x = self._embed(tokens)
+        for block in self.blocks:
+            x, _ = block(x, segment_ids=segment_ids)
+        return self.norm(x)
+
+    def unembedding(self) -> Float[Array, "D vocab"]:
+        """The matrix from ``hidden`` to logits, float32."""
+        return self.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
+
+    def init_state(self, batch_size: int, max_length: int | None = None) -> list[Any]:
+        """The state before any token, an entry per element of ``blocks``.
+
+        ``max_length`` is how many tokens it must be able to take; it matters to softmax attention without a window alone, which
+        raises ValueError for None. All other states have one size for any length.
+        """
+        return [block.init_state(batch_size, max_length) for block in self.blocks]
+
+    def read(
+        self,
+        tokens: Int[Array, "B T"],
+        state: list[Any],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        lengths: Int[Array, "B"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], list[Any]]:
+        """``hidden`` of tokens that follow those of ``state``, and the state after them.
+
+        ``lengths``: tokens of each row that count; padding follows them. The state belongs to a row's first segment, the new one
+        to its last.
+        """
+        if lengths is not None and segment_ids is not None:
+            # Padding must not end the last segment, whose state is kept.
+            last = jnp.minimum(jnp.arange(tokens.shape[1]), jnp.maximum(lengths - 1, 0)[:, None])
+            segment_ids = jnp.take_along_axis(segment_ids, last, 1)
+        x = self._embed(tokens)
+        after = []
+        for block, before in zip(self.blocks, state, strict=True):
+            x, new = block(x, segment_ids=segment_ids, state=before, lengths=lengths)
+            after.append(new)
+        return self.norm(x), after
+
+    def prefill(
+        self, tokens: Int[Array, "B T"], state: list[Any], *, lengths: Int[Array, "B"] | None = None
+    ) -> tuple[Float[Array, "B vocab"], list[Any]]:
+        """``read``, and the logits after the last token of each row."""
+        hidden, state = self.read(tokens, state, lengths=lengths)
+        lengths = jnp.full(tokens.shape[0], tokens.shape[1]) if lengths is None else lengths
+        last = jnp.maximum(lengths - 1, 0)[:, None, None]
+        return self._logits(jnp.take_along_axis(hidden, last, 1)[:, 0]), state
+
+    def step(self, tokens: Int[Array, "B"], state: list[Any]) -> tuple[Float[Array, "B vocab"], list[Any]]:
+        """One token of each row: the logits after it, and the new state."""
+        x = self._embed(tokens)
+        after = []
+        for block, before in zip(self.blocks, state, strict=True):
+            x, new = block.step(x, before)
+            after.append(new)
+        return self._logits(self.norm(x)), after
+
+    def _embed(self, tokens):
+        x = self.embedding[...].astype(self.config.dtype)[tokens]
+        return constrain(x, "batch", *["length"] * (tokens.ndim - 1), None)
+
+    def _logits(self, hidden):
+        unembedding = self.unembedding().astype(hidden.dtype)
+        return jnp.dot(hidden, unembedding, preferred_element_type=jnp.float32)
+
+
+def _blocks(config: ModelConfig, keys: Array) -> list[Block | Stack]:
+    def make(mixer, key):
+        return Block(config, mixer, rngs=nnx.Rngs(key))
+
+    if not config.scan_layers:
+        return [make(mixer, key) for mixer, key in zip(config.mixers, keys, strict=True)]
+    runs = itertools.groupby(range(config.num_layers), lambda depth: config.mixers[depth])
+    return [Stack(functools.partial(make, mixer), keys[jnp.array(list(depths))]) for mixer, depths in runs]
