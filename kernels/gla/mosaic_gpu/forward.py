@@ -179,6 +179,7 @@ def forward(q, k, v, log_alpha, *, scale, tiles: ForwardTiles, initial_state=Non
             for c, s, m, e in zip(slices, S, before, after, strict=True):
                 s = product(k_c.at[:, mine(c)].T, v_c, (64, VB), onto=s * along_rows(m, (64, VB)))
                 moved.append(s * along_rows(e, (64, VB)))
+            plgpu.commit_smem()
             meet(barrier)
 
             @pl.when(step + stages < steps)
