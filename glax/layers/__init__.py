@@ -1,4 +1,4 @@
-"""Layers of the models. A token mixer has ``__call__`` for all tokens at once, ``init_state`` and ``step`` to decode."""
+"""Layers of the models. A token mixer has ``__call__`` for all tokens at once, ``init_state`` and ``step`` for one."""
 
 from glax.layers.gated_linear_attention import FEATURE_MAPS, GatedLinearAttention
 from glax.layers.linear import Linear, RMSNorm

@@ -36,7 +36,7 @@ class GatedLinearAttentionState(NamedTuple):
 
 
 class GatedLinearAttention(nnx.Module):
-    """y = (swish(x W_r) * norm(o)) W_O, where o is the GLA operator of q, k, v and log_alpha = logsigmoid(x W_1 W_2 + b) / tau.
+    """y = (swish(x W_r) * norm(o)) W_O; o is GLA of q, k, v and log_alpha = logsigmoid(x W_1 W_2 + b) / tau.
 
     Args:
         hidden_size: D, width of x and y.
@@ -123,16 +123,15 @@ class GatedLinearAttention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], GatedLinearAttentionState | None]:
         """All tokens at once.
 
-        ``segment_ids``: nothing passes from one segment to the next. ``state``: of the tokens before; the new one is returned
-        where it is given, else None. ``lengths``: tokens of each row that count for the new state; padding follows them.
+        ``segment_ids``: nothing passes from one segment to the next. ``state``: of the tokens before; where it is given
+        the new one is returned, else None. ``lengths``: tokens of each row that count for the new state; the rest of
+        the row is padding.
         """
         q, k, v, log_alpha, convolutions = self._inputs(x, segment_ids, state, lengths)
         if lengths is not None:
             real = (jnp.arange(x.shape[1]) < lengths[:, None])[..., None, None]
-            k, log_alpha = (
-                jnp.where(real, k, 0),
-                jnp.where(real, log_alpha, 0),
-            )  # such a token leaves the memory as it is
+            # A token with a zero key and an open gate leaves the memory as it is.
+            k, log_alpha = jnp.where(real, k, 0), jnp.where(real, log_alpha, 0)
         o = gated_linear_attention(
             q,
             k,

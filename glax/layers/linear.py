@@ -29,7 +29,7 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "*B in"], dtype: DTypeLike | None = None) -> Float[Array, "*B out"]:
-        """The product has operands of the layer's dtype; its sums come out, and b is added, in ``dtype`` (None: the layer's)."""
+        """Operands have the layer's dtype; the product comes out, and b is added, in ``dtype`` (None: the layer's)."""
         dtype = self.dtype if dtype is None else dtype
         y = jnp.dot(x.astype(self.dtype), self.kernel[...].astype(self.dtype), preferred_element_type=dtype)
         return y if self.bias is None else y + self.bias[...].astype(dtype)

@@ -5,7 +5,7 @@ from jaxtyping import Array, Float, Int
 
 
 def rotate(x: Float[Array, "B T H K"], positions: Int[Array, "B T"], base: float) -> Float[Array, "B T H K"]:
-    """Turn the pair (x_i, x_{i+K/2}) by the angle position * base^(-2i/K). Angles are float32, the result has x's dtype."""
+    """Turn the pair (x_i, x_{i+K/2}) by position * base^(-2i/K), in float32; the result has x's dtype."""
     half = x.shape[-1] // 2
     frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies

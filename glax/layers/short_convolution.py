@@ -13,7 +13,7 @@ from kernels import short_convolution
 class ShortConvolution(nnx.Module):
     """SiLU of a causal depthwise convolution of ``width`` taps.
 
-    Its weights are uniform with the variance 1 / (3 width) of PyTorch's convolutions: N(0, 0.02) would all but silence it.
+    Its weights are uniform with variance 1 / (3 width), as PyTorch's convolutions: N(0, 0.02) would all but silence it.
     """
 
     def __init__(self, channels: int, width: int, *, axis: str | None, dtype: DTypeLike, rngs: nnx.Rngs):

@@ -67,9 +67,9 @@ class SoftmaxAttention(nnx.Module):
         self.o_proj = Linear(queries, hidden_size, axes=("heads", "embed"), **options)
 
     def init_state(self, batch: int, max_length: int | None = None) -> SoftmaxAttentionState:
-        """An empty cache for ``max_length`` tokens, or for the window where that is shorter: S slots are all it ever has.
+        """An empty cache for ``max_length`` tokens, or for the window where that is shorter.
 
-        Raises ValueError where neither bounds it. A cache without a window must not be given more than ``max_length`` tokens.
+        Raises ValueError where neither bounds it. Without a window it must never get more than ``max_length`` tokens.
         """
         sizes = [size for size in (self.window, max_length) if size is not None]
         if not sizes:
@@ -92,9 +92,9 @@ class SoftmaxAttention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], SoftmaxAttentionState | None]:
         """All tokens at once.
 
-        ``segment_ids``: tokens see their own segment only, and positions restart in each; the cache belongs to a row's first.
-        ``state``: of the tokens before; the new one is returned where it is given, else None. ``lengths``: tokens of each row
-        that count for the new state; padding follows them.
+        ``segment_ids``: tokens see their own segment only, and positions restart in each; the cache belongs to a row's
+        first. ``state``: of the tokens before; where it is given the new one is returned, else None. ``lengths``:
+        tokens of each row that count for the new state; the rest of the row is padding.
         """
         segments, starts = _segments(segment_ids, *x.shape[:2])
         positions = jnp.arange(x.shape[1]) - starts
@@ -123,7 +123,7 @@ class SoftmaxAttention(nnx.Module):
         return self._output(o)[:, 0], state
 
     def flops_per_token(self, length: int) -> float:
-        """Multiplications and additions of q k^T and its product with v, forward, a mean over a sequence of ``length``."""
+        """Multiplications and additions of q k^T and its product with v, forward, the mean over ``length`` tokens."""
         seen = length if self.window is None else min(self.window, length)
         mean = seen - seen * (seen - 1) / (2 * length)  # the first tokens have fewer before them
         return 4 * self.num_heads * self.head_width * mean
@@ -179,10 +179,8 @@ def _extend(state, k, v, positions, segments, lengths) -> SoftmaxAttentionState:
     segment = jnp.take_along_axis(segments, last, 1)
     end = jnp.where(lengths > 0, jnp.take_along_axis(positions, last, 1)[:, 0] + 1, state.length)
     kept = (jnp.arange(length) < lengths[:, None]) & (segments == segment) & (positions >= end[:, None] - slots)
-    where = (
-        jnp.arange(batch)[:, None],
-        jnp.where(kept, positions % slots, slots),
-    )  # the slot S does not exist: dropped
+    # The slot S does not exist: what goes there is dropped.
+    where = (jnp.arange(batch)[:, None], jnp.where(kept, positions % slots, slots))
     return SoftmaxAttentionState(
         keys=state.keys.at[where].set(k, mode="drop"),
         values=state.values.at[where].set(v, mode="drop"),

@@ -25,8 +25,8 @@ def num_parameters(config: ModelConfig) -> int:
 def flops_per_token(config: ModelConfig, length: int) -> float:
     """FLOPs for each token of a sequence of ``length``, forward and backward, as model FLOPs utilization counts them.
 
-    Two for each weight that a token is multiplied with, and the mixers' own (of the recurrence for GLA, of the causal half for
-    softmax attention); the backward pass has twice those of the forward pass. Recomputation does not count.
+    Two for each weight that a token is multiplied with, and the mixers' own (of the recurrence for GLA, of the causal
+    half for softmax attention); the backward pass has twice those of the forward pass. Recomputation does not count.
     """
     model = abstract_model(config)
     weights = sum(math.prod(module.kernel.shape) for _, module in nnx.iter_modules(model) if isinstance(module, Linear))

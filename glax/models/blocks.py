@@ -48,7 +48,9 @@ def _softmax_attention(config: ModelConfig, rngs: nnx.Rngs) -> SoftmaxAttention:
 
 # Token mixers by their name in ModelConfig. What they make has, with one layer's state S, of any type:
 #   __call__(x [B,T,D], *, segment_ids, state: S | None, lengths) -> (y [B,T,D], S | None)
-#   init_state(batch, max_length: int | None) -> S      step(x [B,D], S) -> (y [B,D], S)      flops_per_token(length) -> float
+#   init_state(batch, max_length: int | None) -> S
+#   step(x [B,D], S) -> (y [B,D], S)
+#   flops_per_token(length) -> float
 MIXERS: dict[str, Callable[[ModelConfig, nnx.Rngs], nnx.Module]] = {
     "gla": _gated_linear_attention,
     "attention": _softmax_attention,
@@ -64,7 +66,7 @@ SAVED = {
 
 
 class Block(nnx.Module):
-    """y = x + mixer(norm(x)), then y + mlp(norm(y)). The residual stream has the compute dtype, as the products added to it."""
+    """y = x + mixer(norm(x)), then y + mlp(norm(y)). The residual stream has the compute dtype."""
 
     def __init__(self, config: ModelConfig, mixer: str, *, rngs: nnx.Rngs):
         norm = {"axes": ("embed",), "eps": config.norm_eps, "dtype": config.dtype}

@@ -86,12 +86,12 @@ class ModelConfig:
     """Standard deviation of the initial matrices."""
 
     compute_dtype: str = "bfloat16"
-    """Type of matrix products and of the residual stream: bfloat16, float16 or float32. Parameters, norms, gates, states and
-    logits are float32."""
+    """Type of matrix products and of the residual stream: bfloat16, float16 or float32. Parameters, norms, gates,
+    states and logits are float32."""
 
     remat: Remat = "none"
-    """What the backward pass computes again: none; full, everything in a block; matmuls, all but a block's matrix products and
-    its token mixing."""
+    """What the backward pass computes again: none; full, everything in a block; matmuls, all but a block's matrix
+    products and its token mixing."""
 
     scan_layers: bool = True
     """Stack the parameters of equal blocks and scan over them: compiles once for all. False: one by one."""
@@ -133,16 +133,16 @@ class ModelConfig:
                 width = getattr(self, name) * self.hidden_size
                 if width != round(width) or round(width) % self.num_heads:
                     raise UserError(
-                        f"{name} {getattr(self, name)} x hidden_size {self.hidden_size} is {width:g}: it must be a whole "
-                        f"multiple of num_heads {self.num_heads}"
+                        f"{name} {getattr(self, name)} x hidden_size {self.hidden_size} is {width:g}: it must be a "
+                        f"whole multiple of num_heads {self.num_heads}"
                     )
         if "attention" in mixers:
             heads = self.attention_heads or self.num_heads
             _divides("attention_kv_heads", self.attention_kv_heads, "attention_heads", heads)
             if self.hidden_size % (2 * heads):
                 raise UserError(
-                    f"hidden_size {self.hidden_size} over {heads} attention heads is no even width, which rotary positions "
-                    "need: change attention_heads"
+                    f"hidden_size {self.hidden_size} over {heads} attention heads is no even width, which rotary "
+                    "positions need: change attention_heads"
                 )
 
     @property

@@ -15,11 +15,11 @@ from glax.models.config import ModelConfig
 
 
 class LanguageModel(nnx.Module):
-    """A decoder of tokens. ``config.mixer`` says how a block mixes tokens; there is no positional encoding but the mixer's own.
+    """Predicts each next token. There is no positional encoding but that of a mixer.
 
     Attributes:
-        blocks: ``Block``s, or with ``scan_layers`` a ``Stack`` for each run of blocks with the same mixer. Either way the
-            same ``rngs`` give the same initial parameters.
+        blocks: ``Block``s, or with ``scan_layers`` a ``Stack`` for each run of blocks with the same mixer. Either way
+            the same ``rngs`` give the same initial parameters.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -51,14 +51,15 @@ class LanguageModel(nnx.Module):
         return self.norm(x)
 
     def unembedding(self) -> Float[Array, "D vocab"]:
-        """The matrix from ``hidden`` to logits, float32."""
-        return self.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
+        """The matrix from ``hidden`` to logits, in the compute dtype."""
+        matrix = self.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
+        return matrix.astype(self.config.dtype)
 
     def init_state(self, batch_size: int, max_length: int | None = None) -> list[Any]:
         """The state before any token, an entry per element of ``blocks``.
 
-        ``max_length`` is how many tokens it must be able to take; it matters to softmax attention without a window alone, which
-        raises ValueError for None. All other states have one size for any length.
+        ``max_length`` is how many tokens it must be able to take; it matters only to softmax attention without a
+        window, which raises ValueError for None. All other states have one size for any length.
         """
         return [block.init_state(batch_size, max_length) for block in self.blocks]
 
@@ -72,8 +73,8 @@ class LanguageModel(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], list[Any]]:
         """``hidden`` of tokens that follow those of ``state``, and the state after them.
 
-        ``lengths``: tokens of each row that count; padding follows them. The state belongs to a row's first segment, the new one
-        to its last.
+        ``lengths``: tokens of each row that count; the rest of the row is padding. The state belongs to a row's first
+        segment, the new one to its last.
         """
         if lengths is not None and segment_ids is not None:
             # Padding must not end the last segment, whose state is kept.
@@ -109,8 +110,7 @@ class LanguageModel(nnx.Module):
         return constrain(x, "batch", *["length"] * (tokens.ndim - 1), None)
 
     def _logits(self, hidden):
-        unembedding = self.unembedding().astype(hidden.dtype)
-        return jnp.dot(hidden, unembedding, preferred_element_type=jnp.float32)
+        return jnp.dot(hidden, self.unembedding(), preferred_element_type=jnp.float32)
 
 
 def _blocks(config: ModelConfig, keys: Array) -> list[Block | Stack]:

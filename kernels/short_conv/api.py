@@ -21,8 +21,9 @@ def short_convolution(
       weight: W taps for each channel; W is small, each is a pass over x that XLA fuses with the others.
       bias: added to every token.
       initial_state: the W-1 tokens before the first one, oldest first; zero when None.
-      segment_ids: int32. Tokens before a change of the id count as zero; `initial_state` belongs to a row's first segment.
-      lengths: int32, tokens of each row that count for the final state; all of them when None. What follows them in a row is
+      segment_ids: int32. Tokens before a change of the id count as zero; `initial_state` belongs to a row's first
+        segment.
+      lengths: int32, tokens of each row that count for the final state; all of them when None. The rest of a row is
         padding.
       return_final_state: also return the last W-1 tokens of each row, zero where they are before its last segment:
         the `initial_state` with which the row goes on. One token at a time, this is the decode step.

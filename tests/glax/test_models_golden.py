@@ -1,4 +1,4 @@
-"""Logits, loss and every gradient of two checkpoints, against those of the implementation that publishes the Hub's models."""
+"""Logits, loss and every gradient of two checkpoints, against the PyTorch implementation that made them."""
 
 import json
 from pathlib import Path
