@@ -4,10 +4,13 @@ The forward leaves the states that enter each chunk (S_hat, in the frame of the 
 together, and nothing but the gradients themselves is written:
 
     dq = exp(b) (do S^T + tril(dP) k~)     dk = exp(b_63 - b) (v dS^T) + exp(-b) tril(dP)^T q~     dv = P^T do + (k exp(b_63 - b)) dS
-    dlog_alpha_t = <S_end, dS_end> + sum of (q dq - k dk) over the rows t.. of the chunk
 
-with dP = do v^T. Two things keep the gate gradient exact where its terms cancel: the sum starts afresh from <S, dS> at each chunk's end
-instead of running over the whole sequence, and pairs enter q dq and k dk through the same rounded operands, the diagonal through neither.
+with dP = do v^T. The gate at t weighs every pair (i, j) of tokens with j < t <= i, and the closed form sum of (q dq - k dk) over i >= t finds
+them as a difference of large sums. Here they are added up by where i and j lie, so that rounding cannot pile up along the sequence:
+
+    dlog_alpha_t = [both in the chunk] sum over i >= t of (q dq - k dk), operands rounded alike on both sides, the diagonal left out
+                 + [j before the chunk] sum over i >= t of q (do S^T)      + [i after it] sum over j < t of k (v dS^T)
+                 + [j before, i after] exp(b_63) sum over v of S dS
 """
 
 import dataclasses
@@ -20,6 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .anchors import (
     ANCHORS,
+    BEFORE,
     CHUNK,
     DEPTHS,
     DEPTHS_T,
@@ -36,7 +40,7 @@ from .anchors import (
     in_right_half,
     level_pairs,
 )
-from .warpgroup import BF16, COLUMN, F32, ROW, WGMMA, Products, along_columns, along_rows, load, meet, shared
+from .warpgroup import BF16, COLUMN, F32, WGMMA, Products, along_columns, along_rows, load, meet, shared
 
 TILE = (64, 64)
 
@@ -54,14 +58,13 @@ class BackwardTiles:
         return self.key_block // 64
 
 
-def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, final_gradient=None, carry=None, interpret=None):
+def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, final_gradient=None, interpret=None):
     """Gradients, summed over nothing: one part per value block (dq, dk, dlog_alpha) or key block (dv), for the caller to add up.
 
     Args:
       q [B, T, H, K], k and log_alpha [B, T, G, K], v [B, T, G, V], do [B, T, H, V]: bf16, as the forward had them.
       states: [B, H, T / 64, K, V] bf16, the chunk states that `forward` saved.
       final_gradient: [B, H, N, K, V] float32, gradient of the state that leaves each of the N = tiles.segments pieces, or None.
-      carry: [B, H, V / value_block, N, K] float32, sum over v of that state times its gradient, per value block, or None.
 
     Returns:
       dq, dk, dlog_alpha: [V / value_block, B, T, H, K] bf16; dv: [K / key_block, B, T, H, V] bf16;
@@ -71,6 +74,7 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
     G, V = v.shape[2:]
     N, W, KB, VB = tiles.segments, tiles.warpgroups, tiles.key_block, tiles.value_block
     VW = max(VB // W, 64)  # value columns of one warpgroup's dv; with VB = 64 the first warpgroup does them all
+    w_values = VW // 64
     key_blocks, value_blocks = K // KB, V // VB
     steps = T // CHUNK // N
     has_final = final_gradient is not None
@@ -80,10 +84,10 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
         refs = list(refs)
         q_g, k_g, v_g, g_g, do_g, states_g, constants_g = refs[:7]
         del refs[:7]
-        final_g, carry_g = (refs.pop(0), refs.pop(0)) if has_final else (None, None)
+        final_g = refs.pop(0) if has_final else None
         dq_g, dk_g, dg_g, dv_g, initial_g, parked_g = refs[:6]
         del refs[:6]
-        q_c, k_c, v_c, g_c, do_c, S_s, gradients_s, out_s, constants_s, zero_s, worst, carry_s, arrived, constants_arrived, met, *rest = refs
+        q_c, k_c, v_c, g_c, do_c, S_s, gradients_s, out_s, constants_s, zero_s, worst, through_s, arrived, constants_arrived, met, *rest = refs
         spare = rest.pop(0) if interpreted else None
 
         w = lax.axis_index("warpgroup")
@@ -101,7 +105,7 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
         own_values = pl.ds(w * VW, VW) if VB > 64 else pl.ds(0, VW)
         product = Products(None if spare is None else spare.at[w])
         barrier = met if W > 1 else None
-        out_q, out_k, out_v = out_s.at[w, 0], out_s.at[w, 1], out_s.at[w, 2]
+        out_q, out_k, limb = out_s.at[w, 0], out_s.at[w, 1], out_s.at[w, 2]
 
         def fetch(step):
             rows = pl.ds((first + step) * CHUNK, CHUNK)
@@ -125,8 +129,7 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
         plgpu.barrier_wait(constants_arrived)
         meet(barrier)
 
-        def chunk(i, carry):
-            dS, ends = carry  # gradient of the state that leaves the chunk, and its product with that state
+        def chunk(i, dS):  # dS: gradient of the state that leaves the chunk
             step = steps - 1 - i
             rows = pl.ds((first + step) * CHUNK, CHUNK)
             plgpu.barrier_wait(arrived)
@@ -144,7 +147,6 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
             q_own[...] = (load(q_own).astype(F32) * (jnp.exp(D) * scale)).astype(BF16)
             k_own[...] = (load(k_own).astype(F32) * jnp.exp(-D)).astype(BF16)
             worst.at[w][...] = beyond_limit(D)
-            carry_s.at[w][...] = ends
             dS_s.at[own][...] = (dS * along_rows(totals(SECOND), (64, VB))).astype(BF16)
             plgpu.commit_smem()
             meet(barrier)
@@ -165,37 +167,44 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
                 dP, dPT = pair_gradients()
                 diag = diagonal(dP)
                 L = jnp.where((depths() >= 0.0) & bounded_pairs(depths(), 6), dP, 0.0).astype(BF16)
-                for_q = product.total([(L, k_own), (do_c, S_s.at[own].T)], TILE)
+                for_q = product(L, k_own, TILE)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                kt = load(k_own).astype(F32)
+                qt, kt = load(q_own).astype(F32), load(k_own).astype(F32)
                 D = product(constants.at[pl.ds(0, 64)], g_own, TILE)
-                out_q[...] = ((for_q + diag * kt) * (jnp.exp(D) * scale)).astype(BF16)
+                change = product(do_c, S_s.at[own].T, TILE, onto=for_q)
+                out_q[...] = ((change + diag * kt) * (jnp.exp(D) * scale)).astype(BF16)
+                change = qt * change
                 LT = jnp.where((depths_t() >= 0.0) & bounded_pairs(depths_t(), 6), dPT, 0.0).astype(BF16)
-                for_k = product.total([(LT, q_own), (v_c, dS_s.at[own].T)], TILE)
-                qt = load(q_own).astype(F32)
-                out_k[...] = ((for_k + diag * qt) * jnp.exp(-D)).astype(BF16)
-                change = qt * for_q - kt * for_k
-                return PT, change, dS, totals(SECOND), totals(FIRST)
+                for_k = product(LT, q_own, TILE)
+                change = change - kt * for_k
+                later = product(v_c, dS_s.at[own].T, TILE)
+                out_k[...] = ((for_k + later + diag * qt) * jnp.exp(-D)).astype(BF16)
+                later = (kt * later).astype(BF16)
+                return PT, change, later, dS, totals(SECOND), totals(FIRST)
 
             def tiers_2_and_3():
-                PT, change, kept = hard_chunk(step, dS, dS_s, depths, depths_t, pair_gradients, diagonal)
+                PT, change, later, kept = hard_chunk(step, dS, dS_s, depths, depths_t, pair_gradients, diagonal)
                 whole = totals(FIRST) * totals(SECOND)
-                return PT, change, kept, whole, jnp.ones_like(whole)
+                return PT, change, later, kept, whole, jnp.ones_like(whole)
 
-            PT, change, dS, after, before = lax.cond(within, tier_1, tiers_2_and_3)
+            PT, change, later, dS, after, before = lax.cond(within, tier_1, tiers_2_and_3)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_q, dq_g.at[vb, b, rows, h, own_keys])
             plgpu.copy_smem_to_gmem(out_k, dk_g.at[vb, b, rows, h, own_keys])
 
-            # Gate gradient: sums from each row on, of float32 values as two bf16 limbs, from the end of the chunk backwards.
+            dS = dS * along_rows(after, (64, VB))
+            through_s.at[w][...] = jnp.sum(load(S_s.at[own]).astype(F32) * dS, axis=1)
+
+            # Gate gradient: sums within the chunk as products, of float32 values as two bf16 limbs where terms cancel.
+            matrix = lambda row: load(constants_g.at[pl.ds(row, 64)], optimized=False)
             high = change.astype(BF16)
-            low = (change - high.astype(F32)).astype(BF16)
             g_own[...] = high
-            out_v.at[:, pl.ds(0, 64)][...] = low
+            limb[...] = (change - high.astype(F32)).astype(BF16)
             plgpu.commit_smem()
-            sums_from = load(constants_g.at[pl.ds(FROM, 64)], optimized=False)
-            dg = product.total([(sums_from, g_own), (sums_from, out_v.at[:, pl.ds(0, 64)])], TILE)
-            dg = dg + along_columns(load(carry_s.at[w], COLUMN), TILE)
+            dg = product.total([(matrix(FROM), g_own), (matrix(FROM), limb)], TILE)
+            g_own[...] = later
+            plgpu.commit_smem()
+            dg = product(matrix(BEFORE), g_own, TILE, onto=dg + along_columns(load(through_s.at[w], COLUMN), TILE))
             dg = lax.cond(
                 within,
                 lambda: dg,
@@ -205,17 +214,19 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(g_own, dg_g.at[vb, b, rows, h, own_keys])
 
-            @pl.when((w == 0) | (VB > 64))
-            def _():
-                dv = product.total([(PT, do_c.at[:, own_values]), (k_c, dS_s.at[:, own_values])], (64, VW))
-                out_v[...] = dv.astype(BF16)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out_v, dv_g.at[kb, b, rows, h, pl.ds(vb * VB + own_values.start, VW)])
+            for c in range(w_values):
+                @pl.when((w == 0) | (VB > 64))
+                def _(c=c):
+                    part = pl.ds(own_values.start + 64 * c, 64)
+                    dv = product.total([(PT, do_c.at[:, part]), (k_c, dS_s.at[:, part])], TILE)
+                    if c:
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    limb[...] = dv.astype(BF16)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(limb, dv_g.at[kb, b, rows, h, pl.ds(vb * VB + part.start, 64)])
 
-            dS = product(q_own.T, do_c, (64, VB), onto=dS * along_rows(after, (64, VB)))
-            ends = jnp.sum(load(S_s.at[own]).astype(F32) * dS, axis=1)
-            dS = dS * along_rows(before, (64, VB))
-            plgpu.wait_smem_to_gmem(1 if VB > 64 else 0, wait_read_only=True)  # g_own is read before it is loaded again
+            dS = product(q_own.T, do_c, (64, VB), onto=dS) * along_rows(before, (64, VB))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # g_own is read before it is loaded again
             plgpu.commit_smem()
             meet(barrier)
 
@@ -223,10 +234,10 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
             def _():
                 fetch(step - 1)
 
-            return dS, ends
+            return dS
 
         def hard_chunk(step, dS, dS_s, depths, depths_t, pair_gradients, diagonal):
-            """Tiers 2 and 3: P^T, the change of the gate gradient and dS; dq and dk to their buffers; q, k, dS_s as the rest expects them."""
+            """Tiers 2 and 3: P^T, the parts of the gate gradient and dS; dq and dk to their buffers; q, k, dS_s as the rest expects them."""
             parked_g.at[program, own][...] = dS
             rows = pl.ds((first + step) * CHUNK, CHUNK)
             q_own, k_own, g_own = q_c.at[:, own], k_c.at[:, own], g_c.at[w]
@@ -304,17 +315,15 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             out_q[...] = dq.astype(BF16)
             for_k = product(v_c, dS_s.at[own].T, TILE)
-            change = change - for_k * load(k_own).astype(F32)
+            later = (for_k * load(k_own).astype(F32)).astype(BF16)
             out_k[...] = (dk + for_k * jnp.exp(product(matrix(SUFFIX), g_own, TILE))).astype(BF16)
-            return PT.astype(BF16), change, dS
+            return PT.astype(BF16), change, later, dS
 
         if has_final:
             dS = load(final_g.at[b, h, piece, own_keys, values], optimized=False)
-            ends = load(carry_g.at[b, h, vb, piece, own_keys], ROW, optimized=False)
         else:
             dS = plgpu.layout_cast(jnp.zeros((64, VB), F32), WGMMA)
-            ends = plgpu.layout_cast(jnp.zeros((64,), F32), ROW)
-        dS, _ = lax.fori_loop(0, steps, chunk, (dS, ends))
+        dS = lax.fori_loop(0, steps, chunk, dS)
         initial_g.at[b, h, piece, own_keys, values][...] = dS
         plgpu.wait_smem_to_gmem(0)
 
@@ -330,7 +339,7 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
         shared((CHUNK, VB)),
         shared((KB, VB)),
         shared((1, KB, VB)),
-        shared((W, 3, CHUNK, max(VW, 64))),
+        shared((W, 3, CHUNK, 64)),
         shared((1, RESIDENT + 64, 64)),
         plgpu.SMEM((1,), jnp.int32),
         plgpu.SMEM((W, 64), F32),
@@ -340,7 +349,7 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
         plgpu.Barrier(num_arrivals=W),
     ]
     scratch += [shared((W, 64, 64))] if interpreted else []
-    operands = [q, k, v, log_alpha, do, states, constant_rows()] + ([final_gradient, carry] if has_final else [])
+    operands = [q, k, v, log_alpha, do, states, constant_rows()] + ([final_gradient] if has_final else [])
     dq, dk, dg, dv, initial, _ = plgpu.kernel(
         kernel,
         out_type=out_type,
