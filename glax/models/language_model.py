@@ -106,8 +106,9 @@ class LanguageModel(nnx.Module):
         return self._logits(self.norm(x)), after
 
     def _embed(self, tokens):
-        x = self.embedding[...].astype(self.config.dtype)[tokens]
-        return constrain(x, "batch", *["length"] * (tokens.ndim - 1), None)
+        # The table is gathered over its width: else the tokens would be, and what is looked up exchanged between devices.
+        table = constrain(self.embedding[...].astype(self.config.dtype), "vocab", None)
+        return constrain(table[tokens], "batch", *["length"] * (tokens.ndim - 1), None)
 
     def _logits(self, hidden):
         return jnp.dot(hidden, self.unembedding(), preferred_element_type=jnp.float32)
