@@ -1,0 +1,123 @@
+"""Continuing prompts: they are read at once by the parallel form, then a compiled loop goes token by token."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from glax.errors import UserError
+from glax.inference.sampling import Sampling, sample
+from glax.models import LanguageModel
+
+
+class Decoding(NamedTuple):
+    """Where the rows of a batch stand.
+
+    Attributes:
+        state: the model's, after all tokens so far.
+        logits: of the next token.
+        done: rows that have had their stop token.
+        key: of the random draws to come.
+    """
+
+    state: list[Any]
+    logits: Float[Array, "B vocab"]
+    done: Bool[Array, "B"]
+    key: PRNGKeyArray
+
+
+def generate(
+    model: LanguageModel,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"] | None = None,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop_token: int | None = None,
+) -> Int[Array, "B max_new_tokens"]:
+    """Continue each prompt.
+
+    Args:
+      model: the model.
+      tokens: prompts, each from the start of its row; what follows is padding and has no influence.
+      lengths: of the prompts, 1 to T; T when None.
+      max_new_tokens: tokens to generate.
+      temperature, top_k, top_p: see ``Sampling``. Temperature 0 takes the most likely token.
+      seed: of the draws.
+      stop_token: a row ends with it; the rest of the row is filled with it. None: no row ends early.
+
+    Returns:
+      the new tokens, int32.
+
+    Raises:
+      UserError: prompts, lengths or settings that cannot be used.
+    """
+    sampling = Sampling(temperature, top_k, top_p)
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
+    _check_prompts(model, tokens, lengths)
+    decoding = start(model, tokens, lengths, max_new_tokens=max_new_tokens, seed=seed)
+    return advance(model, decoding, count=max_new_tokens, sampling=sampling, stop_token=stop_token)[0]
+
+
+@functools.partial(jax.jit, static_argnames="max_new_tokens")
+def start(
+    model: LanguageModel,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"] | None,
+    *,
+    max_new_tokens: int,
+    seed: int,
+) -> Decoding:
+    """Read the prompts, with room for ``max_new_tokens`` more where a state grows with them."""
+    batch, length = tokens.shape
+    state = model.init_state(batch, length + max_new_tokens)
+    logits, state = model.prefill(tokens, state, lengths=lengths)
+    return Decoding(state, logits, jnp.zeros(batch, bool), jax.random.key(seed))
+
+
+@functools.partial(jax.jit, static_argnames=("count", "sampling", "stop_token"))
+def advance(
+    model: LanguageModel, decoding: Decoding, *, count: int, sampling: Sampling, stop_token: int | None
+) -> tuple[Int[Array, "B count"], Decoding]:
+    """The next ``count`` tokens, fewer steps where all rows are done before: one loop, its memory independent of ``count``.
+
+    A second call goes on where the first one ended, with the draws that one longer call would have made.
+    """
+    batch = decoding.done.shape[0]
+    filler = 0 if stop_token is None else stop_token
+
+    def unfinished(carry):
+        index, _, decoding = carry
+        return (index < count) & ~jnp.all(decoding.done)
+
+    def step(carry):
+        index, tokens, decoding = carry
+        key, draw = jax.random.split(decoding.key)
+        token = jnp.where(decoding.done, filler, sample(decoding.logits, draw, sampling))
+        done = decoding.done if stop_token is None else decoding.done | (token == stop_token)
+        logits, state = model.step(token, decoding.state)
+        return index + 1, tokens.at[:, index].set(token), Decoding(state, logits, done, key)
+
+    tokens = jnp.full((batch, count), filler, jnp.int32)
+    _, tokens, decoding = jax.lax.while_loop(unfinished, step, (0, tokens, decoding))
+    return tokens, decoding
+
+
+def _check_prompts(model, tokens, lengths):
+    if tokens.ndim != 2 or min(tokens.shape) < 1:
+        raise UserError(f"prompts have shape {tokens.shape}: give [batch, length], both at least 1")
+    if lengths is not None:
+        if lengths.shape != tokens.shape[:1]:
+            raise UserError(f"lengths have shape {lengths.shape}: give one for each of the {tokens.shape[0]} prompts")
+        if np.min(lengths) < 1 or np.max(lengths) > tokens.shape[1]:
+            raise UserError(f"lengths are {np.min(lengths)} to {np.max(lengths)}: they must be 1 to {tokens.shape[1]}")
+    least, most, vocab_size = np.min(tokens), np.max(tokens), model.config.vocab_size
+    if least < 0 or most >= vocab_size:
+        raise UserError(f"prompts have tokens from {least} to {most}: the model knows 0 to {vocab_size - 1}")

@@ -1,0 +1,178 @@
+"""Decoding token by token against the parallel form, which knows nothing of states."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from glax.errors import UserError
+from glax.inference import Sampling, advance, generate, start
+from glax.inference.sampling import sample
+from glax.models import PRESETS, LanguageModel
+
+# Large initial weights: an untrained model's tokens then depend on all that was before, and argmax has no near ties.
+BASE = dataclasses.replace(
+    PRESETS["gla-tiny"], vocab_size=61, mlp_size=96, compute_dtype="float32", initializer_range=0.2
+)
+MODELS = {
+    "gla": BASE,
+    "gla, scanned": dataclasses.replace(BASE, scan_layers=True),
+    "convolution, grouped heads": dataclasses.replace(BASE, num_kv_heads=1, short_conv_width=4, tie_embeddings=True),
+    "hybrid": dataclasses.replace(
+        BASE, num_layers=3, attention_layers=(1,), attention_heads=4, attention_kv_heads=2, scan_layers=True
+    ),
+    "hybrid, window": dataclasses.replace(BASE, attention_layers=(0,), attention_heads=4, attention_window=5),
+}
+PROMPTS = [[7], [3, 1, 4, 1, 5, 9, 2, 6, 5], [50, 1, 22, 9]]
+NEW = 24
+
+
+def model_of(name: str, **changes) -> LanguageModel:
+    return LanguageModel(dataclasses.replace(MODELS[name], **changes), rngs=nnx.Rngs(1))
+
+
+def padded(prompts: list[list[int]], filler: int) -> tuple[jnp.ndarray, jnp.ndarray]:
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    tokens = np.full((len(prompts), lengths.max()), filler, np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return jnp.asarray(tokens), jnp.asarray(lengths)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_decoding_is_the_argmax_of_the_parallel_form(name: str):
+    """Prompts of three lengths in one batch; what stands in the padding does not matter."""
+    model = model_of(name)
+    tokens, lengths = padded(PROMPTS, filler=13)
+    new = np.asarray(generate(model, tokens, lengths, max_new_tokens=NEW, temperature=0))
+    rows, row_lengths = padded([prompt + list(row) for prompt, row in zip(PROMPTS, new, strict=True)], filler=0)
+    best = np.asarray(jnp.argmax(jax.jit(lambda model, tokens: model(tokens))(model, rows), -1))
+    for row, length, chosen in zip(best, row_lengths, new, strict=True):
+        np.testing.assert_array_equal(row[length - NEW - 1 : length - 1], chosen)
+    assert len(set(new.ravel())) > 10, "the model repeats itself: the comparison would see little"
+
+
+@pytest.mark.parametrize("name", ["convolution, grouped heads", "hybrid", "hybrid, window"])
+def test_a_state_goes_on(name: str):
+    """Reading in pieces, some rows with nothing in a piece, leaves what reading at once does."""
+    model = model_of(name)
+    tokens = jax.random.randint(jax.random.key(0), (3, 20), 0, 61)
+    read = jax.jit(lambda model, tokens, state, lengths: model.read(tokens, state, lengths=lengths))
+    whole = jax.jit(lambda model, tokens: model.hidden(tokens))(model, tokens)
+    state = model.init_state(3, 20)
+    first = jnp.array([6, 10, 0])
+    hidden, state = read(model, tokens[:, :10], state, first)
+    for row, count in enumerate(first):
+        np.testing.assert_allclose(hidden[row, :count], whole[row, :count], atol=2e-5)
+    rest = jnp.stack([jnp.roll(row, -count)[:10] for row, count in zip(tokens, first, strict=True)])
+    hidden, _ = read(model, rest, state, jnp.full(3, 10))
+    for row, count in enumerate(first):
+        np.testing.assert_allclose(hidden[row], whole[row, count : count + 10], atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["convolution, grouped heads", "hybrid", "hybrid, window"])
+def test_a_state_is_of_the_last_segment(name: str):
+    """The first segment goes on from the state before, the last one leaves the state after; padding ends no segment."""
+    model = model_of(name)
+    tokens = jax.random.randint(jax.random.key(0), (2, 24), 0, 61)
+    read = jax.jit(model.read)
+    _, state = read(tokens[:, :6], model.init_state(2, 24))
+    segments = jnp.array([[1] * 5 + [2] * 7, [1] * 12])
+    hidden, state = read(tokens[:, 6:18], state, segment_ids=segments, lengths=jnp.array([11, 12]))
+    last, _ = read(tokens[:, 18:], state)
+
+    whole = jax.jit(model.hidden)
+    joined = whole(tokens)
+    np.testing.assert_allclose(hidden[0, :5], joined[0, 6:11], atol=2e-5)
+    np.testing.assert_allclose(hidden[1], joined[1, 6:18], atol=2e-5)
+    np.testing.assert_allclose(last[1], joined[1, 18:], atol=2e-5)
+    second_segment = jnp.concatenate([tokens[:, 11:17], tokens[:, 18:], jnp.zeros((2, 12), tokens.dtype)], 1)
+    alone = whole(second_segment)
+    np.testing.assert_allclose(hidden[0, 5:11], alone[0, :6], atol=2e-5)
+    np.testing.assert_allclose(last[0], alone[0, 6:12], atol=2e-5)
+
+
+def test_streaming_is_generation_in_pieces():
+    model = model_of("hybrid")
+    tokens, lengths = padded(PROMPTS, filler=0)
+    sampling = Sampling(temperature=0.8, top_k=20)
+    whole = generate(model, tokens, lengths, max_new_tokens=12, temperature=0.8, top_k=20, seed=3)
+    decoding = start(model, tokens, lengths, max_new_tokens=12, seed=3)
+    pieces = []
+    for _ in range(3):
+        piece, decoding = advance(model, decoding, count=4, sampling=sampling, stop_token=None)
+        pieces.append(piece)
+    np.testing.assert_array_equal(np.concatenate(pieces, 1), whole)
+    other = generate(model, tokens, lengths, max_new_tokens=12, temperature=0.8, top_k=20, seed=4)
+    assert np.any(np.asarray(other) != np.asarray(whole))
+
+
+def test_a_stop_token_ends_its_row_alone():
+    model = model_of("gla")
+    tokens, lengths = padded(PROMPTS, filler=0)
+    free = np.asarray(generate(model, tokens, lengths, max_new_tokens=NEW, temperature=0))
+    stop = int(free[0, 5])
+    stopped = np.asarray(generate(model, tokens, lengths, max_new_tokens=NEW, temperature=0, stop_token=stop))
+    for row, expected in zip(stopped, free, strict=True):
+        end = list(expected).index(stop) if stop in expected else NEW
+        np.testing.assert_array_equal(row[:end], expected[:end])
+        assert np.all(row[end:] == stop)
+
+
+def test_state_has_one_size():
+    """Constant for recurrent layers and windows; softmax attention without one needs to be told its room."""
+    sizes = {
+        name: [sum(leaf.size for leaf in jax.tree.leaves(model_of(name).init_state(1, length))) for length in (8, 64)]
+        for name in ("gla", "hybrid", "hybrid, window")
+    }
+    assert sizes["gla"][0] == sizes["gla"][1]
+    assert sizes["hybrid, window"][0] == sizes["hybrid, window"][1]
+    assert sizes["hybrid"][0] < sizes["hybrid"][1]
+    with pytest.raises(ValueError, match="max_length"):
+        model_of("hybrid").init_state(1)
+
+
+LOGITS = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]]))
+
+
+@pytest.mark.parametrize(
+    "sampling, expected",
+    [
+        (Sampling(), [0.5, 0.25, 0.15, 0.1]),
+        (Sampling(temperature=0.5), [25 / 34.5, 6.25 / 34.5, 2.25 / 34.5, 1 / 34.5]),
+        (Sampling(temperature=0), [1, 0, 0, 0]),
+        (Sampling(top_k=2), [2 / 3, 1 / 3, 0, 0]),
+        (Sampling(top_k=9), [0.5, 0.25, 0.15, 0.1]),
+        (Sampling(top_p=0.6), [2 / 3, 1 / 3, 0, 0]),
+        (Sampling(top_p=0.01), [1, 0, 0, 0]),
+        (Sampling(top_k=3, top_p=0.8), [2 / 3, 1 / 3, 0, 0]),  # 0.5 and 0.25 are 5/9 + 2.5/9 > 0.8 of what top_k leaves
+    ],
+)
+def test_sampled_frequencies(sampling: Sampling, expected: list[float]):
+    draws = sample(jnp.tile(LOGITS, (20000, 1)), jax.random.key(0), sampling)
+    frequencies = np.bincount(draws, minlength=4) / 20000
+    np.testing.assert_allclose(frequencies, expected, atol=0.015)
+    np.testing.assert_array_equal(frequencies == 0, np.array(expected) == 0)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"lengths": jnp.array([1, 4, 0])}, "lengths are 0 to 4: they must be 1 to 9"),
+        ({"lengths": jnp.array([1, 4])}, "one for each of the 3 prompts"),
+        ({"tokens": jnp.full((3, 9), 61)}, "tokens from 61 to 61: the model knows 0 to 60"),
+        ({"tokens": jnp.zeros(3, jnp.int32)}, "give \\[batch, length\\]"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+    ],
+)
+def test_bad_requests(change: dict, message: str):
+    tokens, lengths = padded(PROMPTS, filler=0)
+    arguments = {"tokens": tokens, "lengths": lengths, "max_new_tokens": 4} | change
+    with pytest.raises(UserError, match=message):
+        generate(model_of("gla"), **arguments)
