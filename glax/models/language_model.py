@@ -106,7 +106,7 @@ class LanguageModel(nnx.Module):
         return self._logits(self.norm(x)), after
 
     def _embed(self, tokens):
-        # The table is gathered over its width: else the tokens would be, and what is looked up exchanged between devices.
+        # The table is gathered over its width; else tokens are, and what is looked up is exchanged between devices.
         table = constrain(self.embedding[...].astype(self.config.dtype), "vocab", None)
         return constrain(table[tokens], "batch", *["length"] * (tokens.ndim - 1), None)
 
