@@ -87,7 +87,7 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
         final_g = refs.pop(0) if has_final else None
         dq_g, dk_g, dg_g, dv_g, initial_g, parked_g = refs[:6]
         del refs[:6]
-        q_c, k_c, v_c, g_c, do_c, S_s, gradients_s, out_s, constants_s, zero_s, worst, through_s, arrived, constants_arrived, met, *rest = refs
+        tiles_s, zero_s, worst, through_s, arrived, constants_arrived, met, *rest = refs
         spare = rest.pop(0) if interpreted else None
 
         w = lax.axis_index("warpgroup")
@@ -105,39 +105,46 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
         own_values = pl.ds(w * VW, VW) if VB > 64 else pl.ds(0, VW)
         product = Products(None if spare is None else spare.at[w])
         barrier = met if W > 1 else None
-        out_q, out_k, limb = out_s.at[w, 0], out_s.at[w, 1], out_s.at[w, 2]
+
+        def shared_memory():
+            """The tiles, at an index 0 that the compiler cannot see through: it would hoist their addresses into scarce registers."""
+            zero = zero_s[0]
+            return {name: ref.at[zero] for name, ref in tiles_s.items()}
 
         def fetch(step):
+            s = shared_memory()
             rows = pl.ds((first + step) * CHUNK, CHUNK)
 
             @pl.when(w == 0)
             def _():
                 for j in range(W):  # a tile for each warpgroup: it leaves as their gate gradient
-                    plgpu.copy_gmem_to_smem(g_g.at[b, rows, g, pl.ds(kb * KB + 64 * j, 64)], g_c.at[j], arrived)
-                plgpu.copy_gmem_to_smem(q_g.at[b, rows, h, keys], q_c, arrived)
-                plgpu.copy_gmem_to_smem(k_g.at[b, rows, g, keys], k_c, arrived)
-                plgpu.copy_gmem_to_smem(v_g.at[b, rows, g, values], v_c, arrived)
-                plgpu.copy_gmem_to_smem(do_g.at[b, rows, h, values], do_c, arrived)
-                plgpu.copy_gmem_to_smem(states_g.at[b, h, first + step, keys, values], S_s, arrived)
+                    plgpu.copy_gmem_to_smem(g_g.at[b, rows, g, pl.ds(kb * KB + 64 * j, 64)], s["g"].at[j], arrived)
+                plgpu.copy_gmem_to_smem(q_g.at[b, rows, h, keys], s["q"], arrived)
+                plgpu.copy_gmem_to_smem(k_g.at[b, rows, g, keys], s["k"], arrived)
+                plgpu.copy_gmem_to_smem(v_g.at[b, rows, g, values], s["v"], arrived)
+                plgpu.copy_gmem_to_smem(do_g.at[b, rows, h, values], s["do"], arrived)
+                plgpu.copy_gmem_to_smem(states_g.at[b, h, first + step, keys, values], s["S"], arrived)
 
         @pl.when(w == 0)
         def _():
             zero_s[0] = jnp.int32(0)
-            plgpu.copy_gmem_to_smem(constants_g.at[pl.ds(0, RESIDENT + 64)], constants_s.at[0], constants_arrived)
+            plgpu.copy_gmem_to_smem(constants_g.at[pl.ds(0, RESIDENT + 64)], tiles_s["constants"].at[0], constants_arrived)
 
-        fetch(steps - 1)
         plgpu.barrier_wait(constants_arrived)
+        plgpu.commit_smem()
         meet(barrier)
+        fetch(steps - 1)
 
         def chunk(i, dS):  # dS: gradient of the state that leaves the chunk
             step = steps - 1 - i
             rows = pl.ds((first + step) * CHUNK, CHUNK)
             plgpu.barrier_wait(arrived)
-            zero = zero_s[0]  # opaque to the compiler: see forward.py
-            constants, dS_s = constants_s.at[zero], gradients_s.at[zero]
+            s = shared_memory()
+            q_c, k_c, v_c, do_c, S_s, dS_s, constants = (s[n] for n in ("q", "k", "v", "do", "S", "dS", "constants"))
+            out_q, out_k, limb = (s["out"].at[w, n] for n in range(3))
             depths = lambda: load(constants.at[pl.ds(DEPTHS, 64)]).astype(F32)
             depths_t = lambda: load(constants.at[pl.ds(DEPTHS_T, 64)]).astype(F32)
-            q_own, k_own, g_own = q_c.at[:, own], k_c.at[:, own], g_c.at[w]
+            q_own, k_own, g_own = q_c.at[:, own], k_c.at[:, own], s["g"].at[w]
 
             def totals(start):
                 sums = product(g_own.T, constants.at[pl.ds(start, 8)].T, (64, 8))
@@ -183,7 +190,7 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
                 return PT, change, later, dS, totals(SECOND), totals(FIRST)
 
             def tiers_2_and_3():
-                PT, change, later, kept = hard_chunk(step, dS, dS_s, depths, depths_t, pair_gradients, diagonal)
+                PT, change, later, kept = hard_chunk(step, dS, s, depths, depths_t, pair_gradients, diagonal)
                 whole = totals(FIRST) * totals(SECOND)
                 return PT, change, later, kept, whole, jnp.ones_like(whole)
 
@@ -236,11 +243,13 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
 
             return dS
 
-        def hard_chunk(step, dS, dS_s, depths, depths_t, pair_gradients, diagonal):
+        def hard_chunk(step, dS, s, depths, depths_t, pair_gradients, diagonal):
             """Tiers 2 and 3: P^T, the parts of the gate gradient and dS; dq and dk to their buffers; q, k, dS_s as the rest expects them."""
             parked_g.at[program, own][...] = dS
             rows = pl.ds((first + step) * CHUNK, CHUNK)
-            q_own, k_own, g_own = q_c.at[:, own], k_c.at[:, own], g_c.at[w]
+            q_c, k_c, v_c, do_c, S_s, dS_s = (s[n] for n in ("q", "k", "v", "do", "S", "dS"))
+            q_own, k_own, g_own = q_c.at[:, own], k_c.at[:, own], s["g"].at[w]
+            out_q, out_k = s["out"].at[w, 0], s["out"].at[w, 1]
             raw_q = lambda: load(q_g.at[b, rows, h, own_keys], optimized=False).astype(F32) * scale
             raw_k = lambda: load(k_g.at[b, rows, g, own_keys], optimized=False).astype(F32)
             matrix = lambda row: load(constants_g.at[pl.ds(row, 64)], optimized=False)
@@ -331,16 +340,19 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
     of_keys = jax.ShapeDtypeStruct((value_blocks, B, T, H, K), BF16)
     out_type = [of_keys, of_keys, of_keys, jax.ShapeDtypeStruct((key_blocks, B, T, H, V), BF16)]
     out_type += [jax.ShapeDtypeStruct((B, H, N, K, V), F32), jax.ShapeDtypeStruct((programs, KB, VB), F32)]
+    tiles_s = dict(
+        q=shared((1, CHUNK, KB)),
+        k=shared((1, CHUNK, KB)),
+        v=shared((1, CHUNK, VB)),
+        g=shared((1, W, CHUNK, 64)),
+        do=shared((1, CHUNK, VB)),
+        S=shared((1, KB, VB)),
+        dS=shared((1, KB, VB)),
+        out=shared((1, W, 3, CHUNK, 64)),
+        constants=shared((1, RESIDENT + 64, 64)),
+    )
     scratch = [
-        shared((CHUNK, KB)),
-        shared((CHUNK, KB)),
-        shared((CHUNK, VB)),
-        shared((W, CHUNK, 64)),
-        shared((CHUNK, VB)),
-        shared((KB, VB)),
-        shared((1, KB, VB)),
-        shared((W, 3, CHUNK, 64)),
-        shared((1, RESIDENT + 64, 64)),
+        tiles_s,
         plgpu.SMEM((1,), jnp.int32),
         plgpu.SMEM((W, 64), F32),
         plgpu.SMEM((W, 64), F32),

@@ -65,7 +65,7 @@ def forward(q, k, v, log_alpha, *, scale, tiles: ForwardTiles, initial_state=Non
     B, T, H, K = q.shape
     G, V = v.shape[2:]
     N, W, VB, stages = tiles.segments, tiles.warpgroups, tiles.value_block, tiles.stages
-    KW, VW, blocks = K // W, VB // W, V // VB
+    KW, VW, blocks = K // W, max(VB // W, 64), V // VB
     steps = T // CHUNK // N
     slices = [pl.ds(c, 64) for c in range(0, KW, 64)]
     has_state, packed = initial_state is not None, segments is not None
@@ -94,7 +94,7 @@ def forward(q, k, v, log_alpha, *, scale, tiles: ForwardTiles, initial_state=Non
         first = piece * steps
         columns = pl.ds(block * VB, VB)
         mine = lambda c: pl.ds(w * KW + c.start, 64)  # this warpgroup's key columns
-        own_rows, own_values = pl.ds(w * KW, KW), pl.ds(w * VW, VW)
+        own_rows, own_values = pl.ds(w * KW, KW), pl.ds(w * VW, VW) if VB >= 64 * W else pl.ds(0, VW)
         product = Products(None if spare is None else spare.at[w])
         barrier = met if W > 1 else None
 
@@ -170,10 +170,13 @@ def forward(q, k, v, log_alpha, *, scale, tiles: ForwardTiles, initial_state=Non
             if saved_g is not None:
                 plgpu.copy_smem_to_gmem(S_s.at[own_rows], saved_g.at[b, h, first + step, own_rows, columns])
 
-            o = product.total([(q_c, S_s.at[:, own_values]), (P, v_c.at[:, own_values])], (64, VW))
-            o_s.at[w][...] = o.astype(BF16)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(o_s.at[w], o_g.at[b, pl.ds((first + step) * CHUNK, CHUNK), h, pl.ds(block * VB + w * VW, VW)])
+            @pl.when((w == 0) | (VB >= 64 * W))  # 64 columns are one warpgroup's work
+            def _():
+                o = product.total([(q_c, S_s.at[:, own_values]), (P, v_c.at[:, own_values])], (64, VW))
+                o_s.at[w][...] = o.astype(BF16)
+                plgpu.commit_smem()
+                out = pl.ds(block * VB + own_values.start, VW)
+                plgpu.copy_smem_to_gmem(o_s.at[w], o_g.at[b, pl.ds((first + step) * CHUNK, CHUNK), h, out])
 
             moved = []
             for c, s, m, e in zip(slices, S, before, after, strict=True):
