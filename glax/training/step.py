@@ -22,9 +22,9 @@ Metrics = dict[str, Float[Array, ""]]
 def summed_loss(model: LanguageModel, batch: Batch) -> Float[Array, ""]:
     """Sum over the counted targets of a batch ``[b, T]`` of their negative log likelihood in nats."""
     hidden = model.hidden(batch["tokens"], segment_ids=batch["segment_ids"])
-    losses = softmax_cross_entropy(
-        hidden.reshape(-1, hidden.shape[-1]), model.unembedding(), batch["targets"].reshape(-1)
-    )
+    # Gathered over fsdp here, once, and not in each of the cross entropy's blocks.
+    unembedding = jax.lax.with_sharding_constraint(model.unembedding(), PartitionSpec(None, "tensor"))
+    losses = softmax_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), unembedding, batch["targets"].reshape(-1))
     return jnp.sum(losses * batch["weights"].reshape(-1))
 
 

@@ -84,7 +84,7 @@ BAD_INPUT = {
     "no such tokenizer": (["--data.tokenizer", "nothing"], 'unknown tokenizer "nothing"'),
     "a mesh that does not divide the devices": (["--mesh.fsdp", "3"], "does not divide the 8 devices"),
     "a mesh larger than the devices": (["--mesh.data", "16"], "needs 16 devices and there are 8"),
-    "a mesh that does not divide the heads": (["--mesh.tensor", "8"], "does not divide the model's 4 heads"),
+    "a mesh that does not divide the heads": (["--mesh.tensor", "8"], "does not divide the model's 2 heads"),
     "a mesh that does not divide the batch": (["--data.batch-size", "12"], "not a multiple of mesh.data 8"),
     "microbatches that do not divide the batch": (["--microbatches", "3"], "microbatches 3"),
     "a sequence axis": (["--mesh.sequence", "2"], "mesh.sequence is 2"),

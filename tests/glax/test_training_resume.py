@@ -1,6 +1,8 @@
 """Killed anywhere and started again with the same command, a run has the losses of an unbroken one, bit for bit."""
 
+import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,9 +11,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
-from glax.training import train
+from glax.data import prepare, train_batches
+from glax.training import MeshConfig, train
+from glax.training.checkpoints import Checkpoints
+from glax.training.loop import plan_and_trace
 from glax.training.metrics import read_metrics
+from glax.training.sharding import make_mesh, place_batch, use_mesh
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "language_modeling.py"
 
@@ -49,7 +56,7 @@ runpy.run_path(script, run_name="__main__")
 
 @pytest.fixture
 def start(text_folder, tmp_path):
-    """``start(name, event, what)``: one start of a run of twelve steps on one device; a finished process."""
+    """``start(name, event, what)``: one start of a run of sixteen steps on one device; a finished process."""
 
     def run(name: str, event: str = "none", what: str = "") -> subprocess.CompletedProcess:
         flags = {
@@ -59,10 +66,11 @@ def start(text_folder, tmp_path):
             "data.train": text_folder / "train",
             "data.validation": text_folder / "validation",
             "data.cache": tmp_path / "cache",
+            "model.num-layers": 1,
             "data.sequence-length": 64,
             "data.batch-size": 4,
-            "steps": 12,
-            "evaluate-every": 3,
+            "steps": 16,
+            "evaluate-every": 6,
             "checkpoint-every": 4,
             "log-every": 1,
             "sample-tokens": 0,
@@ -91,59 +99,76 @@ def test_killed_in_steps_and_saves(start, tmp_path):
     unbroken = start("unbroken")
     assert unbroken.returncode == 0, unbroken.stderr
     expected = losses(tmp_path / "unbroken" / "metrics.jsonl")
-    assert [dict(record)["step"] for record in expected if "loss" in dict(record)] == list(range(1, 13))
+    assert [dict(record)["step"] for record in expected if "loss" in dict(record)] == list(range(1, 17))
 
     metrics = tmp_path / "broken" / "metrics.jsonl"
     checkpoints = tmp_path / "broken" / "checkpoints"
     kills = [
         ("os.mkdir", "4.orbax-checkpoint-tmp", "compiled"),
-        (str(metrics), "6", "compiled"),
-        ("os.rename", "8.orbax-checkpoint-tmp", "continuing after step 4"),
+        (str(metrics), "9", "compiled"),
+        ("os.rename", "12.orbax-checkpoint-tmp", "continuing after step"),
     ]
     for event, what, said in kills:
         killed = start("broken", event, what)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert said in killed.stdout
         assert (metrics.parent / "config.json").exists()
-    assert (checkpoints / "8.orbax-checkpoint-tmp").exists(), "killed after the files were written, before the name was"
+    assert (checkpoints / "12.orbax-checkpoint-tmp").exists(), "killed after the files were written, before the name was"
     last = start("broken")
     assert last.returncode == 0, last.stderr
-    assert "continuing after step 4" in last.stdout
+    assert "continuing after step 8" in last.stdout
     assert losses(metrics) == expected
-    assert sorted(entry.name for entry in checkpoints.iterdir()) == ["12", "4", "8"]
+    assert sorted(entry.name for entry in checkpoints.iterdir()) == ["12", "16", "8"]
+
+
+@pytest.fixture(scope="module")
+def small_config(tiny_config):
+    """Eight steps of one layer, checkpoints after four and eight."""
+    config = tiny_config(steps=8, evaluate_every=8, checkpoint_every=4)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, num_layers=1),
+        data=dataclasses.replace(config.data, sequence_length=64),
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(small_config, tmp_path_factory):
+    """The folder of a finished run on one device, and its result."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    return folder, train(small_config, folder, devices=jax.devices()[:1], quiet=True)
 
 
 @pytest.mark.filterwarnings("ignore:coroutine 'Store:RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_the_newest_readable_checkpoint_is_taken(tiny_config, tmp_path, capsys):
+def test_the_newest_readable_checkpoint_is_taken(small_config, finished, tmp_path, capsys):
     """With the last checkpoint's arrays damaged, the run goes on from the one before to the same end."""
-    config = tiny_config(steps=6, checkpoint_every=2, evaluate_every=6)
-    one = jax.devices()[:1]
-    before = train(config, tmp_path / "run", devices=one, quiet=True)
-    expected = losses(tmp_path / "run" / "metrics.jsonl")
-    for path in (tmp_path / "run" / "checkpoints" / "6" / "state").rglob("d/*"):
+    shutil.copytree(finished[0], tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints" / "8" / "state").rglob("d/*"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    after = train(config, tmp_path / "run", devices=one, quiet=True)
-    assert "checkpoint 6 cannot be read" in capsys.readouterr().out
-    assert (tmp_path / "run" / "unreadable" / "6").is_dir()
-    assert not after.already_complete
-    assert losses(tmp_path / "run" / "metrics.jsonl") == expected
-    from flax import nnx
-
-    jax.tree.map(np.testing.assert_array_equal, nnx.state(after.model), nnx.state(before.model))
+    result = train(small_config, tmp_path / "run", devices=jax.devices()[:1], quiet=True)
+    assert "checkpoint 8 cannot be read" in capsys.readouterr().out
+    assert (tmp_path / "run" / "unreadable" / "8").is_dir()
+    assert not result.already_complete
+    assert losses(tmp_path / "run" / "metrics.jsonl") == losses(finished[0] / "metrics.jsonl")
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(result.model), nnx.state(finished[1].model))
 
 
-def test_a_checkpoint_is_a_copy(tiny_config, tmp_path):
+def test_a_run_continues_on_another_mesh(small_config, finished, tmp_path):
+    """A checkpoint of one device is read in eight pieces; the losses go on to within rounding."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "8")
+    result = train(dataclasses.replace(small_config, mesh=MeshConfig(fsdp=8)), tmp_path / "run", quiet=True)
+    got, want = ([r["loss"] for r in records if "loss" in r] for records in (result.records, finished[1].records))
+    assert got[:4] == want[:4] and len(got) == 8
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+def test_a_checkpoint_is_a_copy(small_config, tmp_path):
     """Steps taken while a save is under way, into the buffers that the saved state gave up, do not reach the file."""
-    from glax.data import prepare, train_batches
-    from glax.training.checkpoints import Checkpoints
-    from glax.training.loop import plan_and_trace
-    from glax.training.sharding import make_mesh, place_batch, use_mesh
-
-    config = tiny_config()
-    mesh = make_mesh(config.mesh, jax.devices()[:1])
-    batches = train_batches(prepare(config.data, quiet=True), config.data)
+    mesh = make_mesh(small_config.mesh, jax.devices()[:1])
+    batches = train_batches(prepare(small_config.data, quiet=True), small_config.data)
     with use_mesh(mesh), Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
-        plan, step = plan_and_trace(config, mesh, 1)
+        plan, step = plan_and_trace(small_config, mesh, 1)
         step = step.compile()
         state, _ = step(plan.initialize(), place_batch(next(batches), mesh))
         expected = jax.tree.map(lambda leaf: np.array(leaf, copy=True), state)
@@ -155,30 +180,3 @@ def test_a_checkpoint_is_a_copy(tiny_config, tmp_path):
     assert batches.get_state()["next_index"] == 1
     jax.tree.map(np.testing.assert_array_equal, restored, expected)
     batches.close()
-
-
-def test_a_run_continues_on_another_mesh(tiny_config, tmp_path):
-    """A checkpoint of one device is read in eight pieces; the losses go on to within rounding."""
-    from glax.training import MeshConfig
-
-    half = tiny_config(steps=20, evaluate_every=20)
-    whole = train(half, tmp_path / "whole", devices=jax.devices()[:1], quiet=True)
-
-    class Stop(Exception):
-        pass
-
-    def stop_at_ten(record):
-        if record["step"] == 11:
-            raise Stop
-
-    from glax.training import journal
-
-    with pytest.MonkeyPatch.context() as patch:
-        write = journal.Journal._send
-        patch.setattr(journal.Journal, "_send", lambda self, record: (stop_at_ten(record), write(self, record))[1])
-        with pytest.raises(Stop):
-            train(half, tmp_path / "run", devices=jax.devices()[:1], quiet=True)
-    rest = train(tiny_config(steps=20, evaluate_every=20, mesh=MeshConfig(fsdp=8)), tmp_path / "run", quiet=True)
-    got, want = ([r["loss"] for r in result.records if "loss" in r] for result in (rest, whole))
-    assert got[:10] == want[:10]
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)

@@ -1,5 +1,6 @@
 """Eight virtual devices: the same losses as on one, everything in its shards, nothing gathered that has tokens."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -7,11 +8,14 @@ import re
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
+import glax.layers.gated_linear_attention as gla_layer
 from glax.data import prepare, train_batches
+from glax.errors import UserError
 from glax.training import MeshConfig
-from glax.training.loop import plan_and_trace
-from glax.training.sharding import make_mesh, place_batch, use_mesh
+from glax.training.loop import choose_microbatches, plan_and_trace
+from glax.training.sharding import check_divisible, make_mesh, place_batch, use_mesh
 
 MESHES = {
     "data 8": MeshConfig(data=8),
@@ -83,3 +87,72 @@ def test_no_token_array_is_gathered(steps_on, mesh: str):
     assert gathers_with_tokens(hlo) == []
     if MESHES[mesh].fsdp > 1:
         assert "all-gather" in hlo, "parameters are gathered under fsdp: without any, the search finds nothing"
+
+
+@pytest.mark.parametrize("operand", range(4), ids=["q", "k", "v", "log_alpha"])
+def test_a_gathered_operand_is_found(tiny_config, monkeypatch, operand: int):
+    """The search above sees what it looks for: one operand of the operator replicated on purpose."""
+    operator = gla_layer.gated_linear_attention
+
+    def replicating(*operands, **options):
+        operands = list(operands)
+        operands[operand] = jax.lax.with_sharding_constraint(operands[operand], PartitionSpec())
+        return operator(*operands, **options)
+
+    monkeypatch.setattr(gla_layer, "gated_linear_attention", replicating)
+    config = tiny_config(mesh=MeshConfig(fsdp=8))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=1))
+    mesh = make_mesh(config.mesh)
+    with use_mesh(mesh):
+        _, lowered = plan_and_trace(config, mesh, 1)
+        assert gathers_with_tokens(lowered.compile().as_text())
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        (MeshConfig(data=3), "data 3 needs 3 devices and there are 8"),
+        (MeshConfig(data=2, fsdp=2), "needs 4 devices and there are 8"),
+        (MeshConfig(fsdp=3), "does not divide the 8 devices"),
+        (MeshConfig(tensor=0), "mesh.tensor is 0"),
+        (MeshConfig(sequence=2), "mesh.sequence is 2"),
+    ],
+)
+def test_a_mesh_must_fit_the_devices(mesh: MeshConfig, message: str):
+    with pytest.raises(UserError, match=message):
+        make_mesh(mesh)
+
+
+def test_devices_that_are_not_named_go_to_data():
+    assert make_mesh(MeshConfig(fsdp=2, tensor=2)).shape == {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
+
+
+def test_a_mesh_must_divide_heads_batch_and_parameters(tiny_config):
+    config = tiny_config(mesh=MeshConfig(fsdp=2, tensor=4))
+    mesh = make_mesh(config.mesh)
+    with pytest.raises(UserError, match=r"mesh.tensor 4 does not divide the model's 2 heads"):
+        check_divisible(mesh, config.model, config.data, 1)
+    model = dataclasses.replace(config.model, num_heads=4, num_kv_heads=2)
+    with pytest.raises(UserError, match="num_kv_heads"):
+        check_divisible(mesh, model, config.data, 1)
+    model = dataclasses.replace(config.model, num_heads=4)
+    check_divisible(mesh, model, config.data, 4)
+    with pytest.raises(UserError, match=r"microbatches 3 = 6"):
+        check_divisible(mesh, model, config.data, 3)
+    with use_mesh(mesh), pytest.raises(UserError, match=r"mesh.tensor 4 does not divide the vocab axis of embedding"):
+        plan_and_trace(dataclasses.replace(config, model=dataclasses.replace(model, vocab_size=258)), mesh, 1)
+
+
+def test_microbatches_keep_a_device_at_its_tokens(tiny_config):
+    config = tiny_config()
+
+    def choose(rows: int, length: int, mesh: MeshConfig, given: int | None = None) -> int:
+        data = dataclasses.replace(config.data, batch_size=rows, sequence_length=length)
+        return choose_microbatches(dataclasses.replace(config, data=data, microbatches=given), make_mesh(mesh))
+
+    assert choose(256, 2048, MeshConfig(fsdp=8)) == 2
+    assert choose(256, 2048, MeshConfig(tensor=8)) == 16
+    assert choose(24, 2048, MeshConfig(tensor=8)) == 2
+    assert choose(8, 65536, MeshConfig(tensor=8)) == 8
+    assert choose(16, 256, MeshConfig()) == 1
+    assert choose(256, 2048, MeshConfig(fsdp=8), given=4) == 4

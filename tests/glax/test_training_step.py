@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from glax.models import LanguageModel
 from glax.training.sharding import make_mesh, place_batch, use_mesh
@@ -83,9 +84,7 @@ def test_a_non_finite_step_changes_nothing_and_is_counted(config, mesh, plan, ba
 
 
 def test_the_model_of_a_seed_does_not_depend_on_the_plan(config, plan):
-    """The parameters are those of LanguageModel with the same seed, made without mesh or jit."""
-    from flax import nnx
-
+    """The parameters are those of LanguageModel with the same seed, made without mesh or jit, to rounding."""
     model = LanguageModel(config.model, rngs=nnx.Rngs(config.seed))
     expected = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    jax.tree.map(np.testing.assert_array_equal, plan.initialize().params, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), plan.initialize().params, expected)
