@@ -1,0 +1,164 @@
+"""What the shared suite runs on: the implementations, the cases, and a float64 oracle that shares no code with them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """A name that `implementation=` takes, the input dtypes it is held to, and the cases (of CASES) it supports."""
+
+    name: str
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    cases: tuple[str, ...] = ("token", "tiny", "plain", "full")
+
+
+IMPLEMENTATIONS = [Implementation("reference"), Implementation("xla")]
+
+# Relative RMS error against the oracle on the same inputs: forward, gradients.
+TOLERANCES = {"float32": (5e-6, 2e-5), "bfloat16": (4e-3, 5e-3), "float16": (1e-3, 1e-3)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Shapes are few and fixed, so that each compiles once; everything else is drawn."""
+
+    batch: int
+    length: int
+    heads: int
+    groups: int
+    key_width: int
+    value_width: int
+    segments: bool
+    state: bool
+
+
+CASES = {
+    "token": Case(1, 1, 1, 1, 1, 1, segments=False, state=True),
+    "tiny": Case(2, 5, 2, 1, 1, 3, segments=True, state=False),
+    "plain": Case(1, 300, 2, 2, 16, 8, segments=False, state=False),
+    "full": Case(2, 130, 4, 2, 8, 16, segments=True, state=True),
+}
+
+GATES = {
+    "mild": lambda rng, shape: -np.logaddexp(0, -rng.normal(size=shape)) / 16,
+    "unscaled": lambda rng, shape: -np.logaddexp(0, -rng.normal(size=shape)),
+    "strong": lambda rng, shape: rng.uniform(-60, 0, shape),
+    "resets": lambda rng, shape: np.where(rng.random(shape) < 0.2, -np.inf, -rng.exponential(size=shape) / 4),
+    "wild": lambda rng, shape: np.where(rng.random(shape) < 0.05, -np.inf, -np.exp(3 * rng.normal(size=shape) - 1)),
+    "zero": lambda rng, shape: np.zeros(shape),
+    "none pass": lambda rng, shape: np.full(shape, -np.inf),
+}
+
+SEGMENTS = {
+    "one": lambda rng, shape: np.full(shape, 7),
+    "each token": lambda rng, shape: np.broadcast_to(np.arange(shape[1]), shape),
+    "sorted": lambda rng, shape: np.sort(rng.integers(0, 4, shape)),
+    "ids come back": lambda rng, shape: np.sort(rng.integers(0, 6, shape)) % 2,
+}
+
+
+@dataclasses.dataclass
+class Inputs:
+    """Arrays of a case in the dtypes an implementation takes, and cotangents of its outputs."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    log_alpha: jax.Array
+    initial_state: jax.Array | None
+    segment_ids: jax.Array | None
+    d_o: jax.Array
+    d_state: jax.Array
+
+    @property
+    def differentiable(self):
+        return self.q, self.k, self.v, self.log_alpha, self.initial_state
+
+    def replace(self, **changes):
+        return dataclasses.replace(self, **changes)
+
+
+def make_inputs(case, seed=0, gates="mild", segments="sorted", dtype="float32", gate_dtype=None) -> Inputs:
+    rng = np.random.default_rng(seed)
+    c = case
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+    log_alpha = GATES[gates](rng, (c.batch, c.length, c.groups, c.key_width))
+    log_alpha = jnp.asarray(np.where(log_alpha < -6e4, -np.inf, log_alpha), gate_dtype or dtype)  # float16 ends there
+    state = (c.batch, c.heads, c.key_width, c.value_width)
+    return Inputs(
+        q=normal(c.batch, c.length, c.heads, c.key_width),
+        k=normal(c.batch, c.length, c.groups, c.key_width),
+        v=normal(c.batch, c.length, c.groups, c.value_width),
+        log_alpha=log_alpha,
+        initial_state=jnp.asarray(rng.normal(size=state), jnp.float32) if c.state else None,
+        segment_ids=jnp.asarray(SEGMENTS[segments](rng, (c.batch, c.length)), jnp.int32) if c.segments else None,
+        d_o=normal(c.batch, c.length, c.heads, c.value_width),
+        d_state=jnp.asarray(rng.normal(size=state), jnp.float32),
+    )
+
+
+OUTPUTS = ("o", "final_state", "dq", "dk", "dv", "dlog_alpha", "dinitial_state")
+
+
+def oracle(inputs: Inputs, scale=None) -> dict[str, np.ndarray]:
+    """Eq. 3 and its derivative, a token at a time in numpy and float64."""
+    wide = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs)}
+    wide = {name: None if x is None else np.asarray(x, np.float64) for name, x in wide.items()}
+    q, d_o = wide["q"], wide["d_o"]
+    batch, length, heads, key_width = q.shape
+    ratio = heads // wide["k"].shape[2]
+    scale = key_width**-0.5 if scale is None else scale
+    k, v, alpha = (np.repeat(x, ratio, 2) for x in (wide["k"], wide["v"], np.exp(wide["log_alpha"])))
+    initial = wide["initial_state"] if wide["initial_state"] is not None else np.zeros_like(wide["d_state"])
+    keep = np.ones((batch, length, 1, 1, 1))
+    if wide["segment_ids"] is not None:
+        keep[:, 1:, 0, 0, 0] = wide["segment_ids"][:, 1:] == wide["segment_ids"][:, :-1]
+
+    before, state, o = [], initial, np.zeros_like(d_o)
+    for t in range(length):
+        before.append(keep[:, t] * state)
+        state = alpha[:, t, :, :, None] * before[t] + k[:, t, :, :, None] * v[:, t, :, None]
+        o[:, t] = scale * np.einsum("bhk,bhkv->bhv", q[:, t], state)
+    out = {"o": o, "final_state": state}
+
+    dq, dk, dv, dg = (np.zeros_like(x) for x in (q, k, v, alpha))
+    d_state = wide["d_state"]
+    for t in reversed(range(length)):
+        after = alpha[:, t, :, :, None] * before[t] + k[:, t, :, :, None] * v[:, t, :, None]
+        d_state = d_state + scale * q[:, t, :, :, None] * d_o[:, t, :, None]
+        dq[:, t] = scale * np.einsum("bhv,bhkv->bhk", d_o[:, t], after)
+        dk[:, t] = np.einsum("bhv,bhkv->bhk", v[:, t], d_state)
+        dv[:, t] = np.einsum("bhk,bhkv->bhv", k[:, t], d_state)
+        dg[:, t] = alpha[:, t] * np.sum(d_state * before[t], -1)
+        d_state = keep[:, t] * alpha[:, t, :, :, None] * d_state
+    dk, dv, dg = (x.reshape(batch, length, -1, ratio, x.shape[-1]).sum(3) for x in (dk, dv, dg))
+    out |= {"dq": dq, "dk": dk, "dv": dv, "dlog_alpha": dg}
+    return out | ({"dinitial_state": d_state} if wide["initial_state"] is not None else {})
+
+
+def magnitudes(inputs: Inputs) -> dict[str, np.ndarray]:
+    """The oracle with no cancellation between terms: what rounding errors are relative to where few numbers are summed."""
+    names = ("q", "k", "v", "initial_state", "d_o", "d_state")
+    return oracle(inputs.replace(**{n: abs(x) for n in names if (x := getattr(inputs, n)) is not None}))
+
+
+def pytest_generate_tests(metafunc):
+    """One run per implementation, and per dtype where a test asks for one."""
+    if "dtype" in metafunc.fixturenames:
+        pairs = [(i, dtype) for i in IMPLEMENTATIONS for dtype in i.dtypes]
+        metafunc.parametrize("implementation, dtype", pairs, ids=[f"{i.name}-{dtype}" for i, dtype in pairs])
+    elif "implementation" in metafunc.fixturenames:
+        metafunc.parametrize("implementation", IMPLEMENTATIONS, ids=[i.name for i in IMPLEMENTATIONS])
+
+
+@pytest.fixture(scope="session")
+def gla():
+    """This module, for tests to reach the above (tests are no package)."""
+    import sys
+
+    return sys.modules[__name__]

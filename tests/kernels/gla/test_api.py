@@ -1,0 +1,112 @@
+"""Checks, defaults and the choice of implementation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kernels.gla
+from kernels import gated_linear_attention, gated_linear_attention_step
+from kernels.gla import api
+
+
+def shapes(batch=2, length=8, heads=4, groups=2, key_width=3, value_width=5, dtype=jnp.float32):
+    q, k, v = (heads, key_width), (groups, key_width), (groups, value_width)
+    return {name: jnp.zeros((batch, length, *x), dtype) for name, x in dict(q=q, k=k, v=v, log_alpha=k).items()}
+
+
+MISTAKES = {
+    "rank": ({"q": jnp.zeros((8, 4, 3))}, "q: got shape (8, 4, 3), wanted [B, T, H, K]"),
+    "length": ({"k": jnp.zeros((2, 7, 2, 3))}, "k: got shape (2, 7, 2, 3), wanted [B=2, T=8, G, K=3]"),
+    "groups": ({"v": jnp.zeros((2, 8, 4, 5))}, "v: got shape (2, 8, 4, 5), wanted [B=2, T=8, G=2, V]"),
+    "heads": ({"q": jnp.zeros((2, 8, 3, 3))}, "q: got H=3 heads, wanted a multiple of k's G=2"),
+    "empty": (
+        {"v": jnp.zeros((2, 8, 2, 0))},
+        "v: got shape (2, 8, 2, 0), wanted every axis of [B=2, T=8, G=2, V] to be at least 1",
+    ),
+    "dtype": (
+        {"log_alpha": jnp.zeros((2, 8, 2, 3), int)},
+        "log_alpha: got dtype int32, wanted bfloat16, float16 or float32",
+    ),
+    "state": (
+        {"initial_state": jnp.zeros((2, 2, 3, 5))},
+        "initial_state: got shape (2, 2, 3, 5), wanted [B=2, H=4, K=3, V=5]",
+    ),
+    "state dtype": (
+        {"initial_state": jnp.zeros((2, 4, 3, 5), jnp.bfloat16)},
+        "initial_state: got dtype bfloat16, wanted float32",
+    ),
+    "segments": ({"segment_ids": jnp.zeros((2, 9), jnp.int32)}, "segment_ids: got shape (2, 9), wanted [B=2, T=8]"),
+    "segment dtype": ({"segment_ids": jnp.zeros((2, 8), jnp.uint8)}, "segment_ids: got dtype uint8, wanted int32"),
+    "scale": (
+        {"scale": float("nan")},
+        "scale: got nan, wanted None or a finite Python number (multiply q by a traced one)",
+    ),
+    "name": ({"implementation": "cuda"}, "implementation: got 'cuda', wanted None or one of "),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_named(mistake):
+    changes, message = MISTAKES[mistake]
+    arguments = shapes() | changes
+    arrays = [arguments.pop(name) for name in ("q", "k", "v", "log_alpha")]
+    with pytest.raises(ValueError) as error:
+        jax.eval_shape(lambda *x: gated_linear_attention(*x, **arguments), *arrays)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_mistakes_in_a_step_are_named():
+    q, k, v, state = jnp.zeros((2, 4, 3)), jnp.zeros((2, 2, 3)), jnp.zeros((2, 2, 5)), jnp.zeros((2, 4, 3, 5))
+    with pytest.raises(ValueError, match=r"log_alpha_t: got shape \(2, 2\), wanted \[B=2, G=2, K=3\]"):
+        gated_linear_attention_step(q, k, v, k[..., 0], state)
+    with pytest.raises(ValueError, match="state: got dtype bfloat16, wanted float32"):
+        gated_linear_attention_step(q, k, v, k, state.astype(jnp.bfloat16))
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the choice depends on the platform")
+def test_choice_on_cpu():
+    choice = kernels.gla.choose(*shapes().values())
+    assert choice.implementation == "xla"
+    assert all(isinstance(reason, str) and reason for reason in choice.passed_over.values())
+    structs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes().values()]
+    assert kernels.gla.choose(*structs) == choice
+    with jax.enable_x64():
+        choice = kernels.gla.choose(*shapes(dtype=jnp.float64).values())
+    assert choice.implementation == "reference"
+    assert "q is float64" in choice.passed_over["xla"]
+
+
+def test_a_named_implementation_that_cannot_run_says_why():
+    with jax.enable_x64(), pytest.raises(NotImplementedError, match="'xla' cannot run this call: q is float64"):
+        gated_linear_attention(*shapes(dtype=jnp.float64).values(), implementation="xla")
+
+
+def test_outputs_have_the_dtypes_of_the_contract():
+    arrays = shapes(dtype=jnp.bfloat16) | {"v": jnp.zeros((2, 8, 2, 5), jnp.float16)}
+    for name in api.IMPLEMENTATIONS:
+        try:
+            call = lambda *x: gated_linear_attention(*x, return_final_state=True, implementation=name)  # noqa: B023, E731
+            o, state = jax.eval_shape(call, *arrays.values())
+        except NotImplementedError:
+            continue
+        assert (o.shape, o.dtype) == ((2, 8, 4, 5), jnp.float16)
+        assert (state.shape, state.dtype) == ((2, 4, 3, 5), jnp.float32)
+
+
+def test_recurrence_in_float64_is_the_oracle(gla):
+    """Its own derivative, by JAX, and the oracle's, written out, agree to float64."""
+    inputs = gla.make_inputs(gla.CASES["full"], gates="wild")
+    expected = gla.oracle(inputs)
+    with jax.enable_x64():
+        wide = [None if x is None else jnp.asarray(x, jnp.float64) for x in inputs.differentiable]
+
+        def call(q, k, v, log_alpha, initial_state):
+            options = {"initial_state": initial_state, "segment_ids": inputs.segment_ids, "return_final_state": True}
+            return gated_linear_attention(q, k, v, log_alpha, **options, implementation="reference")
+
+        outputs, vjp = jax.vjp(call, *wide)
+        cotangents = jnp.asarray(inputs.d_o, jnp.float64), jnp.asarray(inputs.d_state, jnp.float64)
+        for name, got in zip(gla.OUTPUTS, (*outputs, *vjp(cotangents)), strict=True):
+            np.testing.assert_allclose(got, expected[name], atol=1e-12, err_msg=name)
