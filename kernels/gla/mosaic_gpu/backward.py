@@ -40,7 +40,7 @@ from .anchors import (
     in_right_half,
     level_pairs,
 )
-from .warpgroup import BF16, COLUMN, F32, WGMMA, Products, along_columns, along_rows, load, meet, shared
+from .warpgroup import BF16, COLUMN, F32, ROW, WGMMA, Products, along_columns, along_rows, load, meet, shared
 
 TILE = (64, 64)
 
@@ -58,13 +58,14 @@ class BackwardTiles:
         return self.key_block // 64
 
 
-def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, final_gradient=None, interpret=None):
+def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, final_gradient=None, documents=None, interpret=None):
     """Gradients, summed over nothing: one part per value block (dq, dk, dlog_alpha) or key block (dv), for the caller to add up.
 
     Args:
       q [B, T, H, K], k and log_alpha [B, T, G, K], v [B, T, G, V], do [B, T, H, V]: bf16, as the forward had them.
       states: [B, H, T / 64, K, V] bf16, the chunk states that `forward` saved.
       final_gradient: [B, H, N, K, V] float32, gradient of the state that leaves each of the N = tiles.segments pieces, or None.
+      documents: [B, T] int32 as in `forward`, or None.
 
     Returns:
       dq, dk, dlog_alpha: [V / value_block, B, T, H, K] bf16; dv: [K / key_block, B, T, H, V] bf16;
@@ -77,7 +78,7 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
     w_values = VW // 64
     key_blocks, value_blocks = K // KB, V // VB
     steps = T // CHUNK // N
-    has_final = final_gradient is not None
+    has_final, packed = final_gradient is not None, documents is not None
     interpreted = interpret is not None
 
     def kernel(*refs):
@@ -85,9 +86,11 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
         q_g, k_g, v_g, g_g, do_g, states_g, constants_g = refs[:7]
         del refs[:7]
         final_g = refs.pop(0) if has_final else None
+        documents_g = refs.pop(0) if packed else None
         dq_g, dk_g, dg_g, dv_g, initial_g, parked_g = refs[:6]
         del refs[:6]
         tiles_s, zero_s, worst, through_s, arrived, constants_arrived, met, *rest = refs
+        documents_s = rest.pop(0) if packed else None
         spare = rest.pop(0) if interpreted else None
 
         w = lax.axis_index("warpgroup")
@@ -124,6 +127,8 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
                 plgpu.copy_gmem_to_smem(v_g.at[b, rows, g, values], s["v"], arrived)
                 plgpu.copy_gmem_to_smem(do_g.at[b, rows, h, values], s["do"], arrived)
                 plgpu.copy_gmem_to_smem(states_g.at[b, h, first + step, keys, values], s["S"], arrived)
+                if packed:
+                    plgpu.copy_gmem_to_smem(documents_g.at[b, rows], documents_s, arrived)
 
         @pl.when(w == 0)
         def _():
@@ -135,7 +140,8 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
         meet(barrier)
         fetch(steps - 1)
 
-        def chunk(i, dS):  # dS: gradient of the state that leaves the chunk
+        def chunk(i, carry):
+            dS, document = carry  # gradient of the state that leaves the chunk, and the document it goes to
             step = steps - 1 - i
             rows = pl.ds((first + step) * CHUNK, CHUNK)
             plgpu.barrier_wait(arrived)
@@ -145,6 +151,20 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
             depths = lambda: load(constants.at[pl.ds(DEPTHS, 64)]).astype(F32)
             depths_t = lambda: load(constants.at[pl.ds(DEPTHS_T, 64)]).astype(F32)
             q_own, k_own, g_own = q_c.at[:, own], k_c.at[:, own], s["g"].at[w]
+
+            if packed:
+                own_document = along_rows(load(documents_s, ROW), TILE)
+                opens, closes = documents_s[0], documents_s[63]
+                dS = dS * (closes == document).astype(F32)
+                document = opens
+                same = own_document == along_columns(load(documents_s, COLUMN), TILE)
+                together = lambda x: jnp.where(same, x, jnp.zeros((), x.dtype))
+                of_first = lambda x: jnp.where(own_document == opens, x, 0.0)
+                of_last = lambda x: jnp.where(own_document == closes, x, 0.0)
+                unbroken = (opens == closes).astype(F32)
+            else:
+                together = of_first = of_last = lambda x: x
+                unbroken = 1.0
 
             def totals(start):
                 sums = product(g_own.T, constants.at[pl.ds(start, 8)].T, (64, 8))
@@ -163,11 +183,18 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
 
             def pair_gradients():
                 """dP and its transpose, [64, 64] float32."""
-                return product(do_c, v_c.T, TILE), product(v_c, do_c.T, TILE)
+                return together(product(do_c, v_c.T, TILE)), together(product(v_c, do_c.T, TILE))
 
             def diagonal(dP):
                 """dP_ii, per row."""
                 return along_rows(jnp.sum(jnp.where(depths() == -1.0, dP, 0.0), axis=1), TILE)
+
+            def from_state(onto=None):
+                """do S^T, what the state that enters gives dq, [64, 64]."""
+                if packed:
+                    entering = of_first(product(do_c, S_s.at[own].T, TILE))
+                    return entering if onto is None else entering + onto
+                return product(do_c, S_s.at[own].T, TILE, onto=onto)
 
             def tier_1():
                 PT = jnp.where(bounded_pairs(depths_t(), 6), product(k_c, q_c.T, TILE), 0.0).astype(BF16)
@@ -178,28 +205,29 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 qt, kt = load(q_own).astype(F32), load(k_own).astype(F32)
                 D = product(constants.at[pl.ds(0, 64)], g_own, TILE)
-                change = product(do_c, S_s.at[own].T, TILE, onto=for_q)
+                change = from_state(onto=for_q)
                 out_q[...] = ((change + diag * kt) * (jnp.exp(D) * scale)).astype(BF16)
                 change = qt * change
                 LT = jnp.where((depths_t() >= 0.0) & bounded_pairs(depths_t(), 6), dPT, 0.0).astype(BF16)
                 for_k = product(LT, q_own, TILE)
                 change = change - kt * for_k
-                later = product(v_c, dS_s.at[own].T, TILE)
+                later = of_last(product(v_c, dS_s.at[own].T, TILE))
                 out_k[...] = ((for_k + later + diag * qt) * jnp.exp(-D)).astype(BF16)
                 later = (kt * later).astype(BF16)
                 return PT, change, later, dS, totals(SECOND), totals(FIRST)
 
             def tiers_2_and_3():
-                PT, change, later, kept = hard_chunk(step, dS, s, depths, depths_t, pair_gradients, diagonal)
+                PT, change, later, kept = hard_chunk(step, dS, s, depths, depths_t, pair_gradients, diagonal, from_state, of_last)
                 whole = totals(FIRST) * totals(SECOND)
                 return PT, change, later, kept, whole, jnp.ones_like(whole)
 
             PT, change, later, dS, after, before = lax.cond(within, tier_1, tiers_2_and_3)
+            PT = together(PT)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_q, dq_g.at[vb, b, rows, h, own_keys])
             plgpu.copy_smem_to_gmem(out_k, dk_g.at[vb, b, rows, h, own_keys])
 
-            dS = dS * along_rows(after, (64, VB))
+            dS = dS * along_rows(after * unbroken, (64, VB))
             through_s.at[w][...] = jnp.sum(load(S_s.at[own]).astype(F32) * dS, axis=1)
 
             # Gate gradient: sums within the chunk as products, of float32 values as two bf16 limbs where terms cancel.
@@ -208,10 +236,11 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
             g_own[...] = high
             limb[...] = (change - high.astype(F32)).astype(BF16)
             plgpu.commit_smem()
-            dg = product.total([(matrix(FROM), g_own), (matrix(FROM), limb)], TILE)
+            sums_from = together(matrix(FROM))
+            dg = product.total([(sums_from, g_own), (sums_from, limb)], TILE)
             g_own[...] = later
             plgpu.commit_smem()
-            dg = product(matrix(BEFORE), g_own, TILE, onto=dg + along_columns(load(through_s.at[w], COLUMN), TILE))
+            dg = product(together(matrix(BEFORE)), g_own, TILE, onto=dg + along_columns(load(through_s.at[w], COLUMN), TILE))
             dg = lax.cond(
                 within,
                 lambda: dg,
@@ -225,12 +254,23 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
                 @pl.when((w == 0) | (VB > 64))
                 def _(c=c):
                     part = pl.ds(own_values.start + 64 * c, 64)
-                    dv = product.total([(PT, do_c.at[:, part]), (k_c, dS_s.at[:, part])], TILE)
+                    if packed:
+                        dv = product(PT, do_c.at[:, part], TILE, onto=of_last(product(k_c, dS_s.at[:, part], TILE)))
+                    else:
+                        dv = product.total([(PT, do_c.at[:, part]), (k_c, dS_s.at[:, part])], TILE)
                     if c:
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     limb[...] = dv.astype(BF16)
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(limb, dv_g.at[kb, b, rows, h, pl.ds(vb * VB + part.start, 64)])
+
+            if packed:
+
+                @pl.when(opens != closes)
+                def _():
+                    meet(barrier)
+                    q_own[...] = of_first(load(q_own).astype(F32)).astype(BF16)
+                    plgpu.commit_smem()
 
             dS = product(q_own.T, do_c, (64, VB), onto=dS) * along_rows(before, (64, VB))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # g_own is read before it is loaded again
@@ -241,9 +281,9 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
             def _():
                 fetch(step - 1)
 
-            return dS
+            return dS, document
 
-        def hard_chunk(step, dS, s, depths, depths_t, pair_gradients, diagonal):
+        def hard_chunk(step, dS, s, depths, depths_t, pair_gradients, diagonal, from_state, of_last):
             """Tiers 2 and 3: P^T, the parts of the gate gradient and dS; dq and dk to their buffers; q, k, dS_s as the rest expects them."""
             parked_g.at[program, own][...] = dS
             rows = pl.ds((first + step) * CHUNK, CHUNK)
@@ -318,12 +358,12 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
             k_own[...] = (raw_k() * jnp.exp(product(matrix(SUFFIX), g_own, TILE))).astype(BF16)
             plgpu.commit_smem()
             meet(barrier)
-            for_q = product(do_c, S_s.at[own].T, TILE)
+            for_q = from_state()
             change = change + for_q * load(q_own).astype(F32)
             dq = dq + for_q * (jnp.exp(product(matrix(PREFIX), g_own, TILE)) * scale)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             out_q[...] = dq.astype(BF16)
-            for_k = product(v_c, dS_s.at[own].T, TILE)
+            for_k = of_last(product(v_c, dS_s.at[own].T, TILE))
             later = (for_k * load(k_own).astype(F32)).astype(BF16)
             out_k[...] = (dk + for_k * jnp.exp(product(matrix(SUFFIX), g_own, TILE))).astype(BF16)
             return PT.astype(BF16), change, later, dS
@@ -332,7 +372,8 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
             dS = load(final_g.at[b, h, piece, own_keys, values], optimized=False)
         else:
             dS = plgpu.layout_cast(jnp.zeros((64, VB), F32), WGMMA)
-        dS = lax.fori_loop(0, steps, chunk, dS)
+        document = documents_g[b, jnp.minimum((first + steps) * CHUNK, T - 1)] if packed else jnp.int32(0)
+        dS, _ = lax.fori_loop(0, steps, chunk, (dS, document))
         initial_g.at[b, h, piece, own_keys, values][...] = dS
         plgpu.wait_smem_to_gmem(0)
 
@@ -356,12 +397,14 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
         plgpu.SMEM((1,), jnp.int32),
         plgpu.SMEM((W, 64), F32),
         plgpu.SMEM((W, 64), F32),
-        plgpu.Barrier(num_arrivals=5 + W),
+        plgpu.Barrier(num_arrivals=5 + W + packed),
         plgpu.Barrier(),
         plgpu.Barrier(num_arrivals=W),
     ]
+    scratch += [plgpu.SMEM((CHUNK,), jnp.int32)] if packed else []
     scratch += [shared((W, 64, 64))] if interpreted else []
     operands = [q, k, v, log_alpha, do, states, constant_rows()] + ([final_gradient] if has_final else [])
+    operands += [documents] if packed else []
     dq, dk, dg, dv, initial, _ = plgpu.kernel(
         kernel,
         out_type=out_type,

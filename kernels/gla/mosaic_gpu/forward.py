@@ -33,7 +33,7 @@ from .anchors import (
     in_right_half,
     level_pairs,
 )
-from .warpgroup import BF16, COLUMN, F32, ROW, WGMMA, Products, along_rows, iota, load, meet, shared
+from .warpgroup import BF16, COLUMN, F32, ROW, WGMMA, Products, along_columns, along_rows, load, meet, shared
 
 TILE = (64, 64)
 
@@ -48,7 +48,7 @@ class ForwardTiles:
     segments: int = 1  # pieces of the sequence walked side by side, each from its own initial state
 
 
-def forward(q, k, v, log_alpha, *, scale, tiles: ForwardTiles, initial_state=None, segments=None, save_states=False, interpret=None):
+def forward(q, k, v, log_alpha, *, scale, tiles: ForwardTiles, initial_state=None, documents=None, save_states=False, interpret=None):
     """o, final states and (on request) the states that enter each chunk.
 
     Args:
@@ -56,7 +56,7 @@ def forward(q, k, v, log_alpha, *, scale, tiles: ForwardTiles, initial_state=Non
       k, log_alpha: [B, T, G, K] bf16. v: [B, T, G, V] bf16, V a multiple of tiles.value_block.
       scale: multiplies q.
       initial_state: [B, H, N, K, V] float32, the state that enters each of the N = tiles.segments pieces, or None for zero.
-      segments: [B, T] int32, numbers that grow by one at each document start, or None.
+      documents: [B, T] int32, a number that changes, and never comes back, where the state restarts; or None.
       save_states: also return the states entering each chunk, [B, H, T / 64, K, V] bf16, in the frame that the chunk's tier uses.
 
     Returns:
@@ -68,7 +68,7 @@ def forward(q, k, v, log_alpha, *, scale, tiles: ForwardTiles, initial_state=Non
     KW, VW, blocks = K // W, max(VB // W, 64), V // VB
     steps = T // CHUNK // N
     slices = [pl.ds(c, 64) for c in range(0, KW, 64)]
-    has_state, packed = initial_state is not None, segments is not None
+    has_state, packed = initial_state is not None, documents is not None
     interpreted = interpret is not None
 
     def kernel(*refs):
@@ -76,12 +76,12 @@ def forward(q, k, v, log_alpha, *, scale, tiles: ForwardTiles, initial_state=Non
         q_g, k_g, v_g, g_g, constants_g = refs[:5]
         del refs[:5]
         state_g = refs.pop(0) if has_state else None
-        segments_g = refs.pop(0) if packed else None
+        documents_g = refs.pop(0) if packed else None
         o_g, final_g, parked_g = refs[:3]
         del refs[:3]
         saved_g = refs.pop(0) if save_states else None
         q_s, k_s, v_s, g_s, states_s, o_s, constants_s, zero_s, worst, arrived, constants_arrived, met, *rest = refs
-        segments_s = rest.pop(0) if packed else None
+        documents_s = rest.pop(0) if packed else None
         spare = rest.pop(0) if interpreted else None
 
         w = lax.axis_index("warpgroup")
@@ -109,7 +109,7 @@ def forward(q, k, v, log_alpha, *, scale, tiles: ForwardTiles, initial_state=Non
                 plgpu.copy_gmem_to_smem(k_g.at[b, rows, g], k_s.at[slot], arrived.at[slot])
                 plgpu.copy_gmem_to_smem(v_g.at[b, rows, g, columns], v_s.at[slot], arrived.at[slot])
                 if packed:
-                    plgpu.copy_gmem_to_smem(segments_g.at[b, rows], segments_s.at[slot], arrived.at[slot])
+                    plgpu.copy_gmem_to_smem(documents_g.at[b, rows], documents_s.at[slot], arrived.at[slot])
 
         @pl.when(w == 0)
         def _():
@@ -130,6 +130,12 @@ def forward(q, k, v, log_alpha, *, scale, tiles: ForwardTiles, initial_state=Non
             zero = zero_s[0]
             S_s, constants = states_s.at[zero], constants_s.at[zero]
             depths = lambda: load(constants.at[pl.ds(DEPTHS, 64)]).astype(F32)
+
+            if packed:
+                own_document = load(documents_s.at[slot], ROW)
+                opens, closes = documents_s[slot, 0], documents_s[slot, 63]
+                S = tuple(s * (opens == document).astype(F32) for s in S)
+                document = closes
 
             def totals(c, start):
                 """exp of the gates summed over one half of the chunk, per row of the state. [64]."""
@@ -167,16 +173,35 @@ def forward(q, k, v, log_alpha, *, scale, tiles: ForwardTiles, initial_state=Non
             n = len(slices)
             S, before, after = rest[:n], rest[n : 2 * n], rest[2 * n :]
 
+            if packed:
+                P = jnp.where(along_rows(own_document, TILE) == along_columns(load(documents_s.at[slot], COLUMN), TILE), P, jnp.zeros((), BF16))
+                before = [x * (opens == closes).astype(F32) for x in before]
+
             if saved_g is not None:
                 plgpu.copy_smem_to_gmem(S_s.at[own_rows], saved_g.at[b, h, first + step, own_rows, columns])
 
             @pl.when((w == 0) | (VB >= 64 * W))  # 64 columns are one warpgroup's work
             def _():
-                o = product.total([(q_c, S_s.at[:, own_values]), (P, v_c.at[:, own_values])], (64, VW))
+                if packed:  # the state that enters belongs to the rows of the chunk's first document
+                    o = product(q_c, S_s.at[:, own_values], (64, VW))
+                    o = jnp.where(along_rows(own_document, (64, VW)) == opens, o, 0.0)
+                    o = product(P, v_c.at[:, own_values], (64, VW), onto=o)
+                else:
+                    o = product.total([(q_c, S_s.at[:, own_values]), (P, v_c.at[:, own_values])], (64, VW))
                 o_s.at[w][...] = o.astype(BF16)
                 plgpu.commit_smem()
                 out = pl.ds(block * VB + own_values.start, VW)
                 plgpu.copy_smem_to_gmem(o_s.at[w], o_g.at[b, pl.ds((first + step) * CHUNK, CHUNK), h, out])
+
+            if packed:  # and only rows of its last document go into the state that leaves
+
+                @pl.when(opens != closes)
+                def _():
+                    meet(barrier)
+                    for c in slices:
+                        keys = k_c.at[:, mine(c)]
+                        keys[...] = jnp.where(along_rows(own_document, TILE) == closes, load(keys), jnp.zeros((), BF16))
+                    plgpu.commit_smem()
 
             moved = []
             for c, s, m, e in zip(slices, S, before, after, strict=True):
@@ -257,7 +282,8 @@ def forward(q, k, v, log_alpha, *, scale, tiles: ForwardTiles, initial_state=Non
             S = tuple(plgpu.load(state_g.at[b, h, piece, mine(c), columns], layout=WGMMA, optimized=False) for c in slices)
         else:
             S = tuple(plgpu.layout_cast(jnp.zeros((64, VB), F32), WGMMA) for _ in slices)
-        S, _ = lax.fori_loop(0, steps, chunk, (S, jnp.int32(0)))
+        document = documents_g[b, jnp.maximum(first * CHUNK - 1, 0)] if packed else jnp.int32(0)
+        S, _ = lax.fori_loop(0, steps, chunk, (S, document))
 
         @pl.when(piece == N - 1)
         def _():
@@ -272,7 +298,7 @@ def forward(q, k, v, log_alpha, *, scale, tiles: ForwardTiles, initial_state=Non
         out_type.append(jax.ShapeDtypeStruct((B, H, T // CHUNK, K, V), BF16))
     operands = [q, k, v, log_alpha, constant_rows()]
     operands += [initial_state] if has_state else []
-    operands += [segments] if packed else []
+    operands += [documents] if packed else []
     copies = 5 if packed else 4
     scratch = [
         shared((stages, CHUNK, K)),

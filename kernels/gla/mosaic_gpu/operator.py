@@ -1,0 +1,130 @@
+"""`implementation="mosaic_gpu"`: the Hopper walks behind a custom derivative, with padding and grouping around them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from ..partition import shard_over_batch_and_heads
+from .anchors import CHUNK
+from .backward import backward
+from .forward import forward
+from .tiles import backward_tiles, forward_tiles, padded_widths
+
+CAPABILITY = "9.0"
+
+
+def unsupported(q, k, v, log_alpha, *, initial_state, segment_ids, return_final_state, platform) -> str | None:
+    """Why this implementation cannot run the call, naming the argument; None when it can."""
+    for name, x in (("q", q), ("k", k), ("v", v), ("log_alpha", log_alpha)):
+        if x.dtype not in (jnp.bfloat16, jnp.float16):
+            return f"{name} is {x.dtype.name}; the Hopper kernels take bfloat16 and float16 (their products are bfloat16)"
+    if q.shape[-1] > 256:
+        return f"q has K = {q.shape[-1]} key channels; the Hopper kernels take up to 256"
+    if platform != "gpu":
+        return f"q is on platform {platform!r}; the Hopper kernels run on NVIDIA GPUs of compute capability {CAPABILITY}"
+    capability = getattr(jax.devices("gpu")[0], "compute_capability", None)
+    if capability != CAPABILITY:
+        return f"the GPU has compute capability {capability}; the Hopper kernels are compiled for {CAPABILITY}"
+    return None
+
+
+def gated_linear_attention(
+    q, k, v, log_alpha, *, scale, initial_state=None, segment_ids=None, return_final_state=False, interpret=None
+):
+    """`kernels.gated_linear_attention` by the Hopper kernels; `interpret` runs them in Pallas' interpreter, on any device."""
+    (B, T, H, K), V, dtype = q.shape, v.shape[-1], v.dtype
+    padded_K, padded_V = padded_widths(K, V)
+    padded_T = -(-T // CHUNK) * CHUNK
+
+    def padded(x, width):
+        x = x.astype(jnp.bfloat16)
+        return jnp.pad(x, ((0, 0), (0, padded_T - T), (0, 0), (0, width - x.shape[-1])))
+
+    state = initial_state
+    if state is not None:
+        state = jnp.pad(state, ((0, 0), (0, 0), (0, padded_K - K), (0, padded_V - V)))
+    documents = None
+    if segment_ids is not None:  # numbers that do not come back, so that equal means connected; the padding joins the last document
+        documents = jnp.cumsum(jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0, axis=1, dtype=jnp.int32)
+        documents = jnp.pad(documents, ((0, 0), (0, padded_T - T)), mode="edge")
+    o, final_state = _attend(
+        scale, return_final_state, interpret, padded(q, padded_K), padded(k, padded_K), padded(v, padded_V),
+        padded(log_alpha, padded_K), state, documents,
+    )  # fmt: skip
+    o = o[:, :T, :, :V].astype(dtype)
+    return (o, final_state[:, :, :K, :V]) if return_final_state else o
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attend(scale, return_final_state, interpret, q, k, v, log_alpha, state, documents):
+    o, final_state, _ = _forward(scale, interpret, False, q, k, v, log_alpha, state, documents)
+    return o, final_state
+
+
+def _attend_forward(scale, return_final_state, interpret, *inputs):
+    o, final_state, states = _forward(scale, interpret, True, *inputs)
+    return (o, final_state), (inputs, states)
+
+
+def _attend_backward(scale, return_final_state, interpret, residuals, cotangents):
+    (q, k, v, log_alpha, state, documents), states = residuals
+    do, d_final = cotangents
+    names = ["B T H K", "B T G K", "B T G V", "B T G K", "B T H V", "B H C K V"]
+    arrays = [q, k, v, log_alpha, do, states]
+    if return_final_state:
+        names, arrays = [*names, "B H K V"], [*arrays, d_final]
+    if documents is not None:
+        names, arrays = [*names, "B T"], [*arrays, documents]
+
+    def run(q, k, v, log_alpha, do, states, *rest):
+        rest = list(rest)
+        final_gradient = rest.pop(0)[:, :, None] if return_final_state else None
+        dq, dk, dg, dv, d_initial = backward(
+            q, k, v, log_alpha, do, states, scale=scale, tiles=backward_tiles(q.shape, v.shape),
+            final_gradient=final_gradient, documents=rest.pop(0) if rest else None, interpret=interpret,
+        )  # fmt: skip
+        G = k.shape[2]
+        return _summed(dq, q.shape[2]), _summed(dk, G), _summed(dv, G), _summed(dg, G), d_initial[:, :, 0]
+
+    outputs = ["B T H K", "B T G K", "B T G V", "B T G K", "B H K V"]
+    dq, dk, dv, dg, d_state = _sharded(run, names, outputs, interpret)(*arrays)
+    return dq, dk, dv, dg, (None if state is None else d_state), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _forward(scale, interpret, save_states, q, k, v, log_alpha, state, documents):
+    """o, the final state, and the states that enter each chunk (None unless they are to be saved), per shard."""
+    names, arrays = ["B T H K", "B T G K", "B T G V", "B T G K"], [q, k, v, log_alpha]
+    if state is not None:
+        names, arrays = [*names, "B H K V"], [*arrays, state]
+    if documents is not None:
+        names, arrays = [*names, "B T"], [*arrays, documents]
+
+    def run(q, k, v, log_alpha, *rest):
+        rest = list(rest)
+        initial_state = rest.pop(0)[:, :, None] if state is not None else None
+        outputs = forward(
+            q, k, v, log_alpha, scale=scale, tiles=forward_tiles(q.shape, v.shape), initial_state=initial_state,
+            documents=rest.pop(0) if rest else None, save_states=save_states, interpret=interpret,
+        )  # fmt: skip
+        return outputs if save_states else outputs[:2]
+
+    outputs = ["B T H V", "B H K V"] + (["B H C K V"] if save_states else [])
+    o, final_state, *states = _sharded(run, names, outputs, interpret)(*arrays)
+    return o, final_state, (states[0] if save_states else None)
+
+
+def _sharded(run, inputs, outputs, interpret):
+    """`run` on each device's share; the interpreter's callbacks cannot be partitioned."""
+    return run if interpret is not None else shard_over_batch_and_heads(run, inputs, outputs)
+
+
+def _summed(parts, heads):
+    """[blocks, B, T, H, d], a part per block of the other width and per query head, to [B, T, heads, d]."""
+    blocks, B, T, H, d = parts.shape
+    if blocks == 1 and H == heads:
+        return parts[0]
+    return parts.reshape(blocks, B, T, heads, H // heads, d).sum((0, 4), dtype=jnp.float32).astype(parts.dtype)
