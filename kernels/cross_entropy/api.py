@@ -18,9 +18,9 @@ def softmax_cross_entropy(
 ) -> Float[Array, "N"]:
     """Negative log likelihood of each target in nats: logsumexp(h W) - (h W)[target], float32.
 
-    The logits of `block` tokens at most (over all devices) are held at a time, forward or backward. Products take bfloat16
-    operands when hidden and unembedding are both bfloat16, else float32 in full precision; sums are float32. Under jit each
-    device works on its share of N and of vocab, and sums over devices are taken once: D is gathered.
+    The logits of `block` tokens at most (over all devices) are held at a time, forward or backward. Products take
+    bfloat16 operands when hidden and unembedding are both bfloat16, else float32 in full precision; sums are float32.
+    Under jit each device works on its share of N and of vocab, and sums over devices are taken once: D is gathered.
 
     Raises ValueError naming argument, got, and wanted for a wrong rank, shape or dtype.
     """

@@ -10,8 +10,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 def shard_over_tokens_and_vocabulary(fn: Callable, rule: str) -> Callable:
     """`fn(*arrays, token_axes, vocab_axes)`, run per shard of the axes n and v of `rule`, such as "n d, d v -> n d".
 
-    The first array has n first and the second v last; as they are sharded, so is every n and v, where their sizes divide. The two
-    keywords are tuples of names of mesh axes; fn sums over them what it sums over n or v. Other axes are gathered.
+    The first array has n first and the second v last; as they are sharded, so is every n and v, where their sizes
+    divide. The two keywords are tuples of names of mesh axes; fn sums over them what it sums over n or v. Other axes
+    are gathered.
     """
     inputs, outputs = ([axes.split() for axes in side.split(",")] for side in rule.split("->"))
     call = custom_partitioning(lambda *arrays: fn(*arrays, token_axes=(), vocab_axes=()))

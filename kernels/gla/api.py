@@ -10,9 +10,9 @@ from jaxtyping import Array, Float, Int
 
 from . import recurrence
 
-# Fastest first; a module is imported when asked for. Each has `gated_linear_attention`, which takes the arguments below, checked
-# and with scale a float, and brings its own derivative and sharding; and `unsupported`, which takes the same arguments and the
-# platform, and gives None or a sentence that says which argument it cannot run and why.
+# Fastest first; a module is imported when asked for. Each has `gated_linear_attention`, which takes the arguments
+# below, checked and with scale a float, and brings its own derivative and sharding; and `unsupported`, which takes the
+# same arguments and the platform, and gives None or a sentence that says which argument it cannot run and why.
 IMPLEMENTATIONS = {
     "xla": "kernels.gla.chunked",
     "reference": "kernels.gla.recurrence",
@@ -40,17 +40,17 @@ def gated_linear_attention(
     return_final_state: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "B T H V"] | tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """S_t = diag(alpha_t) S_{t-1} + k_t^T v_t, o_t = scale * q_t S_t: Eq. 3 of "Gated Linear Attention" (arXiv 2312.06635).
+    """Eq. 3 of arXiv 2312.06635: S_t = diag(alpha_t) S_{t-1} + k_t^T v_t, o_t = scale * q_t S_t.
 
     Args:
-      q: queries; bf16, f16 or f32, as are k, v and log_alpha. H is a multiple of G, and query head h reads key/value head
-        h // (H / G).
+      q: queries. H is a multiple of G, and query head h reads key/value head h // (H / G).
       k, v: keys and values.
-      log_alpha: natural log of the gates, <= 0. -inf is a hard reset; the gradient of such a gate is 0, the derivative of exp.
+      log_alpha: natural log of the gates, <= 0. -inf is a hard reset; its gradient is 0, the derivative of exp there.
+        It, q, k and v may each be bfloat16, float16 or float32.
       scale: a Python number; K^-0.5 when None.
       initial_state: float32, the state before the first token of each row; zero when None.
-      segment_ids: int32. The state restarts from zero wherever the id changes along T; `initial_state` belongs to a row's
-        first segment, the final state to its last.
+      segment_ids: int32. The state restarts from zero wherever the id changes along T; `initial_state` belongs to the
+        first segment of a row, the final state to its last.
       return_final_state: also return S_T, float32.
       implementation: "xla", "reference", or None for the fastest that supports this call on this device; see `choose`.
 
@@ -74,7 +74,7 @@ def gated_linear_attention(
 
 
 def choose(q, k, v, log_alpha, *, initial_state=None, segment_ids=None, return_final_state=False) -> Choice:
-    """What `gated_linear_attention` would run for these arrays (or jax.ShapeDtypeStructs), and why not the faster ones."""
+    """What `gated_linear_attention` would run for these (or such jax.ShapeDtypeStructs), and why nothing faster."""
     _check(q, k, v, log_alpha, initial_state, segment_ids)
     options = {"initial_state": initial_state, "segment_ids": segment_ids, "return_final_state": return_final_state}
     return _choose(q, k, v, log_alpha, options)
@@ -150,7 +150,7 @@ def _check(q, k, v, log_alpha, initial_state, segment_ids):
 
 
 def _check_array(name, x, axes, sizes, dtype=None):
-    """Check that x has these axes, at the sizes known so far (new ones are added), and `dtype`, or else any float type."""
+    """Check that x has these axes, at the sizes known so far (new ones are added), and `dtype`, or any float's."""
     wanted = "[" + ", ".join(f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in axes.split()) + "]"
     known = dict(zip(axes.split(), x.shape, strict=False)) | sizes
     if tuple(x.shape) != tuple(known.get(axis) for axis in axes.split()):

@@ -1,14 +1,15 @@
 """Gated linear attention by chunks (Listing 1), in jax.numpy with its own derivative: runs on any device.
 
-A chunk of C tokens reads the state before it and its own tokens (b: sums of gates from the start of the chunk, row i included):
+A chunk of C tokens reads the state before it and its own tokens (b: sums of gates from its start, row i included):
 
     o = (q * exp(b)) S + P v        S' = diag(exp(b_C)) S + (k * exp(b_C - b))^T v
 
 P comes from the levels of `halving`, for all chunks at once; the state walks the chunks in a scan. The backward pass
 recomputes P and walks the states twice, keeping about 2 sqrt(T/C) of them; nothing per token but rows is ever held.
 
-Axes: N chunks, B, G key/value heads, R = H/G query heads each, C, K, V; arrays are chunk-major, [N, B, G, (R,) C, width]. A state
-is [B, G, s, K, V]: s = R when there is an initial state, else 1, since the query heads of a group then share it.
+Axes: N chunks, B, G key/value heads, R = H/G query heads each, C, K, V; arrays are chunk-major, [N, B, G, (R,) C,
+width]. A state is [B, G, s, K, V]: s = R when there is an initial state, else 1, since the query heads of a group then
+share it.
 """
 
 import functools
@@ -119,8 +120,9 @@ def _attend_backward(chunk, scale, inputs, cotangents):
     out_of = product.sums(halving.suffix_sums(chunk), gates)
     dq = scale * (dq + dq_in * jnp.exp(into)[:, :, :, None])
     dk = dk + dk_out * jnp.exp(out_of)
-    # The gate of token t has a share in every pair j < t <= i: within the chunk, from earlier chunks into it, out of it into later
-    # ones, and across all of it. The rounded operands enter here, so that what a pair adds at i is exactly what it takes off at j.
+    # The gate of token t has a share in every pair j < t <= i: within the chunk, from earlier chunks into it, out of it
+    # into later ones, and across all of it. The rounded operands enter here, so that what a pair adds at i is exactly
+    # what it takes off at j.
     d_into = d_exponents + jnp.sum(q_in * dq_in, 3)
     d_gates = product.sums(halving.prefix_sums(chunk).T, d_into, segments)
     d_gates += product.sums(halving.suffix_sums(chunk).T, k_out * dk_out) + crossing[..., None, :]
@@ -139,7 +141,7 @@ def _next_state(state, k_out, v, decay, product):
 
 
 def _across_chunks(scale, q, k, gates, product):
-    """Queries decayed from the start of their chunk, keys decayed to its end, and the decay [N, B, G, K] of a whole chunk."""
+    """Queries decayed from the start of their chunk, keys decayed to its end, decays [N, B, G, K] of whole chunks."""
     chunk = k.shape[-2]
     into = product.sums(halving.prefix_sums(chunk), gates)
     out_of = product.sums(halving.suffix_sums(chunk), gates)
@@ -166,7 +168,7 @@ def _intra_weights(scale, q, k, gates, product):
 
 
 def _intra_gradients(scale, q, k, v, gates, do, product):
-    """P again; the gradients of scale * q and of k through it; and of the sums of gates b, less what each pair takes off."""
+    """P again, and the gradients through it: of scale * q, of k, and of b (what a pair adds at i it takes off at j)."""
     chunk = k.shape[-2]
     dp = product("nbgriv,nbgjv->nbgrij", do, v)
     d_diagonal = jnp.sum(dp * jnp.eye(chunk), -1, keepdims=True)
@@ -203,7 +205,7 @@ class _Products:
         return jnp.einsum(equation, x, y, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
     def sums(self, matrix, x, segments=None):
-        """The sums over rows of x [N, B, G, C, K] that a 0/1 matrix [C, C] picks; within `segments` [N, B, C] where given.
+        """The sums of rows of x [N, B, G, C, K] that a 0/1 matrix [C, C] picks, within `segments` [N, B, C] if given.
 
         Beside bfloat16 operands, float32 x goes in as two bfloat16 limbs: exact products, 16 bits of each term.
         """
@@ -218,7 +220,7 @@ class _Products:
 
 
 def _chunks(q, k, v, log_alpha, starts, chunk, count):
-    """Chunk-major inputs; gates with resets and segment starts at FLOOR; and each token's segment [N, B, C] (None without)."""
+    """Chunk-major inputs; gates, FLOOR at resets and segment starts; and each token's segment [N, B, C] or None."""
     groups = k.shape[2]
     gates = log_alpha if log_alpha.dtype == jnp.bfloat16 else log_alpha.astype(jnp.float32)
     gates = jnp.maximum(gates, halving.FLOOR)
@@ -258,7 +260,7 @@ def _state_axis(state):
 
 
 def _nesting(count):
-    """(outer, inner) with outer * inner >= count chunks: little padding first, then few states held, outer + inner of them."""
+    """(outer, inner), outer * inner >= count chunks: little padding first, then few states held (outer + inner)."""
     root = math.isqrt(count)
     inner = min(range(max(1, root // 2), 2 * root + 1), key=lambda n: (-(-count // n) * n + -(-count // n) + n, n))
     return -(-count // inner), inner

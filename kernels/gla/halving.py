@@ -1,12 +1,13 @@
 """Pairs of tokens within a chunk, split so that no exponent is ever positive and no cumulative sum is differenced.
 
-The weight of key j in output i is exp(g_{j+1} + ... + g_i), g the log gates. At the level of half width h the chunk is cut
-into blocks of 2h tokens, and the pairs (right half, left half) of each block are anchored at its middle m:
+The weight of key j in output i is exp(g_{j+1} + ... + g_i), g the log gates. At the level of half width h the chunk is
+cut into blocks of 2h tokens, and the pairs (right half, left half) of each block are anchored at its middle m:
 
-    exp(g_m + ... + g_i) goes to the query row i of the right half, exp(g_{j+1} + ... + g_{m-1}) to the key row j of the left
+    exp(g_m + ... + g_i) to query row i of the right half, exp(g_{j+1} + ... + g_{m-1}) to key row j of the left
 
-Every pair i > j belongs to exactly one of the levels C/2, ..., 2, 1, so P is one product per level plus its diagonal. Each
-exponent is a sum of gates, a 0/1 matrix times the gates: exact to rounding for any gate. A hard reset is a gate of FLOOR.
+Every pair i > j belongs to exactly one of the levels C/2, ..., 2, 1, so P is one product per level plus its diagonal.
+Each exponent is a sum of gates, a 0/1 matrix times the gates: exact to rounding for any gate. A hard reset is a gate of
+FLOOR.
 
 A level has C/2 rows of each kind; the functions below take them out of a chunk and put them back. C is a power of two.
 """

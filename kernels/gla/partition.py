@@ -1,7 +1,7 @@
 """Runs a kernel on each device's share of the batch and the heads, under jit, shard_map and vmap.
 
-XLA cannot see into a kernel call and would gather its inputs; `shard_over_batch_and_heads` tells it that rows of the batch and
-groups of heads are independent.
+XLA cannot see into a kernel call and would gather its inputs; `shard_over_batch_and_heads` tells it that rows of the
+batch and groups of heads are independent.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,13 +15,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 def shard_over_batch_and_heads(fn: Callable, inputs: Sequence[str], outputs: Sequence[str]) -> Callable:
     """A function like `fn`, run per shard.
 
-    `fn` takes and returns arrays (a tuple of them), of any batch and any number of heads, and treats rows of the batch and groups
-    of heads alike and apart. `inputs` and `outputs` name the axes of each: "B T H K" for queries, "B T G K" for keys,
-    "B H K V" for states, "B T" for segment ids. B, and with it H and G (H a multiple of G, query head h reading group h // (H / G)),
-    stay as sharded as the first input is, as far as their sizes divide; where H is sharded more ways than G divides, heads are
-    gathered first, since a device then has no whole group. Every other axis is gathered.
+    `fn` takes and returns arrays (a tuple of them), of any batch and any number of heads, and treats rows of the batch
+    and groups of heads alike and apart. `inputs` and `outputs` name the axes of each: "B T H K" for queries, "B T G K"
+    for keys, "B H K V" for states, "B T" for segment ids. B, and with it H and G (H a multiple of G, query head h
+    reading group h // (H / G)), stay as sharded as the first input is, as far as their sizes divide; where H is sharded
+    more ways than G divides, heads are gathered first, since a device then has no whole group. Every other axis is
+    gathered.
 
-    Vmapped axes become part of B. There is no derivative: call it inside the forward and backward rules of a custom_vjp.
+    Vmapped axes become part of B. There is no derivative: call it inside the forward and backward rules of a
+    custom_vjp.
     """
     inputs, outputs = [axes.split() for axes in inputs], [axes.split() for axes in outputs]
     partitioned = custom_partitioning(lambda *arrays: tuple(fn(*arrays)))
@@ -75,10 +77,8 @@ def _rule(inputs, outputs, arrays):
         axis: size for x, axes in zip(arrays, inputs, strict=True) for axis, size in zip(axes, x.shape, strict=True)
     }
     groups, ratio = sizes.get("G"), sizes.get("H", 1) // sizes.get("G", sizes.get("H", 1))
-    if ratio == 1:
-        heads = ["g"]
-    else:
-        heads = ["r"] if groups == 1 else ["g", "r"]  # Shardy takes no factor of size 1 among others
+    # Shardy takes no factor of size 1 among others.
+    heads = [factor for factor, size in (("g", groups), ("r", ratio)) if size != 1] or ["g"]
     order = dict.fromkeys(
         factor for axes in (*inputs, *outputs) for a in axes for factor in (heads if a == "H" else a.lower())
     )

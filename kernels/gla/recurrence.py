@@ -53,8 +53,8 @@ def segment_starts(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
 def gated_linear_attention(q, k, v, log_alpha, *, scale, initial_state, segment_ids, return_final_state):
     """Eq. 3, token by token; shapes as in `kernels.gated_linear_attention`.
 
-    Computes, and returns the state, in float32, or in float64 where an input is. The backward pass is JAX's own; it keeps about
-    2 sqrt(T) states at a time and recomputes the others.
+    Computes, and returns the state, in float32, or in float64 where an input is. The backward pass is JAX's own; it
+    keeps about 2 sqrt(T) states at a time and recomputes the others.
     """
     batch, length, heads, key_width = q.shape
     value_width = v.shape[-1]

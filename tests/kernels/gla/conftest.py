@@ -142,7 +142,7 @@ def oracle(inputs: Inputs, scale=None) -> dict[str, np.ndarray]:
 
 
 def magnitudes(inputs: Inputs) -> dict[str, np.ndarray]:
-    """The oracle with no cancellation between terms: what rounding errors are relative to where few numbers are summed."""
+    """The oracle with no cancellation between terms: what rounding is relative to where numbers are few."""
     names = ("q", "k", "v", "initial_state", "d_o", "d_state")
     return oracle(inputs.replace(**{n: abs(x) for n in names if (x := getattr(inputs, n)) is not None}))
 

@@ -1,5 +1,7 @@
 """Checks, defaults and the choice of implementation."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +13,9 @@ from kernels.gla import api
 
 
 def shapes(batch=2, length=8, heads=4, groups=2, key_width=3, value_width=5, dtype=jnp.float32):
-    q, k, v = (heads, key_width), (groups, key_width), (groups, value_width)
-    return {name: jnp.zeros((batch, length, *x), dtype) for name, x in dict(q=q, k=k, v=v, log_alpha=k).items()}
+    keys = (groups, key_width)
+    last = {"q": (heads, key_width), "k": keys, "v": (groups, value_width), "log_alpha": keys}
+    return {name: jnp.zeros((batch, length, *axes), dtype) for name, axes in last.items()}
 
 
 MISTAKES = {
@@ -87,7 +90,7 @@ def test_outputs_have_the_dtypes_of_the_contract():
     arrays = shapes(dtype=jnp.bfloat16) | {"v": jnp.zeros((2, 8, 2, 5), jnp.float16)}
     for name in api.IMPLEMENTATIONS:
         try:
-            call = lambda *x: gated_linear_attention(*x, return_final_state=True, implementation=name)  # noqa: B023, E731
+            call = functools.partial(gated_linear_attention, return_final_state=True, implementation=name)
             o, state = jax.eval_shape(call, *arrays.values())
         except NotImplementedError:
             continue
