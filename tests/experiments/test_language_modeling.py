@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+import glax.layers.gated_linear_attention as gla_layer
 from language_modeling import main
 
 
@@ -32,7 +33,7 @@ def test_default_command_learns(tmp_path, monkeypatch, capfd):
     """The command without arguments, at a tenth of its steps: bits per byte fall, and the run folder is whole."""
     monkeypatch.setenv("GLAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    short = ["--steps", "40", "--data.validation-tokens", "10000", "--sample-tokens", "20"]
+    short = ["--steps", "40", "--data.batch-size", "8", "--data.validation-tokens", "10000", "--sample-tokens", "20"]
     assert main(short) == 0
     said = capfd.readouterr().out
     folder = tmp_path / "runs" / "gla-small-bytes"
@@ -63,17 +64,22 @@ def test_help_names_presets_and_shows_their_values(capsys):
         assert text in said
 
 
-def test_implementations_agree(tiny, tmp_path):
-    """The same run with the recurrence and with the chunked form."""
-    losses = {}
-    for name in ("reference", "xla"):
-        assert main([*tiny, "--name", name, "--implementation", name]) == 0
-        lines = (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
-        losses[name] = [json.loads(line)["loss"] for line in lines if '"loss"' in line]
-        config = json.loads((tmp_path / "runs" / name / "config.json").read_text())
-        assert config["model"]["implementation"] == name
-    assert losses["xla"] == pytest.approx(losses["reference"], abs=1e-4)
-    assert losses["xla"] != losses["reference"], "both ran the same code"
+def test_options_reach_the_run(tiny, tmp_path, monkeypatch, capfd):
+    """The named kernel runs, in as many microbatches as asked for, and profile and TensorBoard events are left."""
+    pytest.importorskip("tensorboard")
+    operator, seen = gla_layer.gated_linear_attention, []
+
+    def watched(q, *operands, implementation, **options):
+        seen.append((implementation, q.shape[0]))
+        return operator(q, *operands, implementation=implementation, **options)
+
+    monkeypatch.setattr(gla_layer, "gated_linear_attention", watched)
+    options = ["--implementation", "reference", "--microbatches", "2", "--profile", "--tensorboard"]
+    assert main([*tiny, *options, "--data.batch-size", "16"]) == 0
+    assert set(seen) == {("reference", 8)}
+    folder = tmp_path / "runs" / "run"
+    assert json.loads((folder / "config.json").read_text())["model"]["implementation"] == "reference"
+    assert list((folder / "profile").rglob("*.xplane.pb")) and list((folder / "tensorboard").iterdir())
 
 
 BAD_INPUT = {

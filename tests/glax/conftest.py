@@ -38,7 +38,7 @@ def tiny_config(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         sequence_length=192,
         batch_size=8,
     )
-    model = dataclasses.replace(PRESETS["gla-tiny"], vocab_size=320, compute_dtype="float32")
+    model = dataclasses.replace(PRESETS["gla-tiny"], vocab_size=320, compute_dtype="float32", scan_layers=True)
     config = TrainConfig(
         model=model,
         data=data,

@@ -113,7 +113,7 @@ def test_killed_in_steps_and_saves(start, tmp_path):
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert said in killed.stdout
         assert (metrics.parent / "config.json").exists()
-    assert (checkpoints / "12.orbax-checkpoint-tmp").exists(), "killed after the files were written, before the name was"
+    assert (checkpoints / "12.orbax-checkpoint-tmp").exists(), "killed once the files were written, but not named"
     last = start("broken")
     assert last.returncode == 0, last.stderr
     assert "continuing after step 8" in last.stdout

@@ -89,7 +89,7 @@ def test_no_token_array_is_gathered(steps_on, mesh: str):
         assert "all-gather" in hlo, "parameters are gathered under fsdp: without any, the search finds nothing"
 
 
-@pytest.mark.parametrize("operand", range(4), ids=["q", "k", "v", "log_alpha"])
+@pytest.mark.parametrize("operand", [0, 3], ids=["q", "log_alpha"])
 def test_a_gathered_operand_is_found(tiny_config, monkeypatch, operand: int):
     """The search above sees what it looks for: one operand of the operator replicated on purpose."""
     operator = gla_layer.gated_linear_attention
