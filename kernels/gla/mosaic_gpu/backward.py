@@ -40,7 +40,7 @@ from .anchors import (
     in_right_half,
     level_pairs,
 )
-from .warpgroup import BF16, COLUMN, F32, ROW, WGMMA, Products, along_columns, along_rows, load, meet, shared
+from .warpgroup import BF16, COLUMN, F32, ROW, WGMMA, Products, along_columns, along_rows, load, meet, pin, shared
 
 TILE = (64, 64)
 
@@ -109,26 +109,56 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
         product = Products(None if spare is None else spare.at[w])
         barrier = met if W > 1 else None
 
-        def shared_memory():
-            """The tiles, at an index 0 that the compiler cannot see through: it would hoist their addresses into scarce registers."""
-            zero = zero_s[0]
-            return {name: ref.at[zero] for name, ref in tiles_s.items()}
+        class Views:
+            """A chunk's tiles in shared memory and its rows in device memory.
+
+            Each `Views` indexes them by a zero read from shared memory, which the compiler cannot see through. It would otherwise compute all
+            addresses once, before the loop over chunks, and fill the registers with them; a fresh `Views` ends the life of the last one's.
+            """
+
+            def __init__(self, step):
+                zero = zero_s[0]
+                self.rows = pl.ds((first + step) * CHUNK + zero * CHUNK, CHUNK)
+                tiles = {name: ref.at[zero] for name, ref in tiles_s.items()}
+                self.q, self.k, self.v, self.do = (tiles[name] for name in ("q", "k", "v", "do"))
+                self.S, self.dS, self.constants = (tiles[name] for name in ("S", "dS", "constants"))
+                self.q_own, self.k_own, self.g_own, self.g = self.q.at[:, own], self.k.at[:, own], tiles["g"].at[w], tiles["g"]
+                self.out_q, self.out_k, self.limb = (tiles["out"].at[w, n] for n in range(3))
+
+            def raw_q(self):
+                return load(q_g.at[b, self.rows, h, own_keys], optimized=False).astype(F32) * scale
+
+            def raw_k(self):
+                return load(k_g.at[b, self.rows, g, own_keys], optimized=False).astype(F32)
+
+            def matrix(self, row):
+                return load(constants_g.at[pl.ds(row, 64)], optimized=False)
+
+            def depths(self):
+                return load(self.constants.at[pl.ds(DEPTHS, 64)]).astype(F32)
+
+            def depths_t(self):
+                return load(self.constants.at[pl.ds(DEPTHS_T, 64)]).astype(F32)
+
+            def totals(self, start):
+                """exp of the gates summed over one half of the chunk, per key channel of this warpgroup. [64]."""
+                sums = product(self.g_own.T, self.constants.at[pl.ds(start, 8)].T, (64, 8))
+                return jnp.exp(jnp.max(sums, axis=1))
 
         def fetch(step):
-            s = shared_memory()
-            rows = pl.ds((first + step) * CHUNK, CHUNK)
+            v = Views(step)
 
             @pl.when(w == 0)
             def _():
                 for j in range(W):  # a tile for each warpgroup: it leaves as their gate gradient
-                    plgpu.copy_gmem_to_smem(g_g.at[b, rows, g, pl.ds(kb * KB + 64 * j, 64)], s["g"].at[j], arrived)
-                plgpu.copy_gmem_to_smem(q_g.at[b, rows, h, keys], s["q"], arrived)
-                plgpu.copy_gmem_to_smem(k_g.at[b, rows, g, keys], s["k"], arrived)
-                plgpu.copy_gmem_to_smem(v_g.at[b, rows, g, values], s["v"], arrived)
-                plgpu.copy_gmem_to_smem(do_g.at[b, rows, h, values], s["do"], arrived)
-                plgpu.copy_gmem_to_smem(states_g.at[b, h, first + step, keys, values], s["S"], arrived)
+                    plgpu.copy_gmem_to_smem(g_g.at[b, v.rows, g, pl.ds(kb * KB + 64 * j, 64)], v.g.at[j], arrived)
+                plgpu.copy_gmem_to_smem(q_g.at[b, v.rows, h, keys], v.q, arrived)
+                plgpu.copy_gmem_to_smem(k_g.at[b, v.rows, g, keys], v.k, arrived)
+                plgpu.copy_gmem_to_smem(v_g.at[b, v.rows, g, values], v.v, arrived)
+                plgpu.copy_gmem_to_smem(do_g.at[b, v.rows, h, values], v.do, arrived)
+                plgpu.copy_gmem_to_smem(states_g.at[b, h, first + step, keys, values], v.S, arrived)
                 if packed:
-                    plgpu.copy_gmem_to_smem(documents_g.at[b, rows], documents_s, arrived)
+                    plgpu.copy_gmem_to_smem(documents_g.at[b, v.rows], documents_s, arrived)
 
         @pl.when(w == 0)
         def _():
@@ -143,15 +173,8 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
         def chunk(i, carry):
             dS, document = carry  # gradient of the state that leaves the chunk, and the document it goes to
             step = steps - 1 - i
-            rows = pl.ds((first + step) * CHUNK, CHUNK)
             plgpu.barrier_wait(arrived)
-            s = shared_memory()
-            q_c, k_c, v_c, do_c, S_s, dS_s, constants = (s[n] for n in ("q", "k", "v", "do", "S", "dS", "constants"))
-            out_q, out_k, limb = (s["out"].at[w, n] for n in range(3))
-            depths = lambda: load(constants.at[pl.ds(DEPTHS, 64)]).astype(F32)
-            depths_t = lambda: load(constants.at[pl.ds(DEPTHS_T, 64)]).astype(F32)
-            q_own, k_own, g_own = q_c.at[:, own], k_c.at[:, own], s["g"].at[w]
-
+            v = Views(step)
             if packed:
                 own_document = along_rows(load(documents_s, ROW), TILE)
                 opens, closes = documents_s[0], documents_s[63]
@@ -166,113 +189,109 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
                 together = of_first = of_last = lambda x: x
                 unbroken = 1.0
 
-            def totals(start):
-                sums = product(g_own.T, constants.at[pl.ds(start, 8)].T, (64, 8))
-                return jnp.exp(jnp.max(sums, axis=1))
-
-            D = product(constants.at[pl.ds(0, 64)], g_own, TILE)
-            q_own[...] = (load(q_own).astype(F32) * (jnp.exp(D) * scale)).astype(BF16)
-            k_own[...] = (load(k_own).astype(F32) * jnp.exp(-D)).astype(BF16)
+            D = product(v.constants.at[pl.ds(0, 64)], v.g_own, TILE)
+            v.q_own[...] = (load(v.q_own).astype(F32) * (jnp.exp(D) * scale)).astype(BF16)
+            v.k_own[...] = (load(v.k_own).astype(F32) * jnp.exp(-D)).astype(BF16)
             worst.at[w][...] = beyond_limit(D)
-            dS_s.at[own][...] = (dS * along_rows(totals(SECOND), (64, VB))).astype(BF16)
+            v.dS.at[own][...] = (dS * along_rows(v.totals(SECOND), (64, VB))).astype(BF16)
             plgpu.commit_smem()
             meet(barrier)
             within = jnp.bool_(True)
             for j in range(W):
                 within &= (worst[j, 0] == 0.0) & (worst[j, 63] == 0.0)
 
-            def pair_gradients():
-                """dP and its transpose, [64, 64] float32."""
-                return together(product(do_c, v_c.T, TILE)), together(product(v_c, do_c.T, TILE))
-
-            def diagonal(dP):
+            def diagonal(v, dP):
                 """dP_ii, per row."""
-                return along_rows(jnp.sum(jnp.where(depths() == -1.0, dP, 0.0), axis=1), TILE)
-
-            def from_state(onto=None):
-                """do S^T, what the state that enters gives dq, [64, 64]."""
-                if packed:
-                    entering = of_first(product(do_c, S_s.at[own].T, TILE))
-                    return entering if onto is None else entering + onto
-                return product(do_c, S_s.at[own].T, TILE, onto=onto)
+                return along_rows(jnp.sum(jnp.where(v.depths() == -1.0, dP, 0.0), axis=1), TILE)
 
             def tier_1():
-                PT = jnp.where(bounded_pairs(depths_t(), 6), product(k_c, q_c.T, TILE), 0.0).astype(BF16)
-                dP, dPT = pair_gradients()
-                diag = diagonal(dP)
-                L = jnp.where((depths() >= 0.0) & bounded_pairs(depths(), 6), dP, 0.0).astype(BF16)
-                for_q = product(L, k_own, TILE)
+                below = lambda depth: (depth >= 0.0) & bounded_pairs(depth, 6)
+                v = Views(step)
+                dP = product(v.do, v.v.T, TILE)
+                diag = diagonal(v, dP)
+                for_q = product(together(jnp.where(below(v.depths()), dP, 0.0).astype(BF16)), v.k_own, TILE)
+                if packed:
+                    for_q = for_q + of_first(product(v.do, v.S.at[own].T, TILE))
+                else:
+                    for_q = product(v.do, v.S.at[own].T, TILE, onto=for_q)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                qt, kt = load(q_own).astype(F32), load(k_own).astype(F32)
-                D = product(constants.at[pl.ds(0, 64)], g_own, TILE)
-                change = from_state(onto=for_q)
-                out_q[...] = ((change + diag * kt) * (jnp.exp(D) * scale)).astype(BF16)
-                change = qt * change
-                LT = jnp.where((depths_t() >= 0.0) & bounded_pairs(depths_t(), 6), dPT, 0.0).astype(BF16)
-                for_k = product(LT, q_own, TILE)
-                change = change - kt * for_k
-                later = of_last(product(v_c, dS_s.at[own].T, TILE))
-                out_k[...] = ((for_k + later + diag * qt) * jnp.exp(-D)).astype(BF16)
+                D = product(v.constants.at[pl.ds(0, 64)], v.g_own, TILE)
+                v.out_q[...] = ((for_q + diag * load(v.k_own).astype(F32)) * (jnp.exp(D) * scale)).astype(BF16)
+                change = pin(load(v.q_own).astype(F32) * for_q)
+                v = Views(step)
+                dPT = product(v.v, v.do.T, TILE)
+                for_k = product(together(jnp.where(below(v.depths_t()), dPT, 0.0).astype(BF16)), v.q_own, TILE)
+                kt = load(v.k_own).astype(F32)
+                change = pin(change - kt * for_k)
+                later = of_last(product(v.v, v.dS.at[own].T, TILE))
+                D = product(v.constants.at[pl.ds(0, 64)], v.g_own, TILE)
+                v.out_k[...] = ((for_k + later + diag * load(v.q_own).astype(F32)) * jnp.exp(-D)).astype(BF16)
                 later = (kt * later).astype(BF16)
-                return PT, change, later, dS, totals(SECOND), totals(FIRST)
+                v = Views(step)
+                PT = pin(jnp.where(bounded_pairs(v.depths_t(), 6), product(v.k, v.q.T, TILE), 0.0).astype(BF16))
+                return PT, change, later, dS, v.totals(SECOND), v.totals(FIRST)
 
             def tiers_2_and_3():
-                PT, change, later, kept = hard_chunk(step, dS, s, depths, depths_t, pair_gradients, diagonal, from_state, of_last)
-                whole = totals(FIRST) * totals(SECOND)
+                PT, change, later, kept = hard_chunk(step, dS, diagonal, of_first, of_last, together)
+                v = Views(step)
+                whole = v.totals(FIRST) * v.totals(SECOND)
                 return PT, change, later, kept, whole, jnp.ones_like(whole)
 
             PT, change, later, dS, after, before = lax.cond(within, tier_1, tiers_2_and_3)
             PT = together(PT)
+            v = Views(step)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_q, dq_g.at[vb, b, rows, h, own_keys])
-            plgpu.copy_smem_to_gmem(out_k, dk_g.at[vb, b, rows, h, own_keys])
-
+            plgpu.copy_smem_to_gmem(v.out_q, dq_g.at[vb, b, v.rows, h, own_keys])
+            plgpu.copy_smem_to_gmem(v.out_k, dk_g.at[vb, b, v.rows, h, own_keys])
             dS = dS * along_rows(after * unbroken, (64, VB))
-            through_s.at[w][...] = jnp.sum(load(S_s.at[own]).astype(F32) * dS, axis=1)
+            through_s.at[w][...] = jnp.sum(load(v.S.at[own]).astype(F32) * dS, axis=1)
 
             # Gate gradient: sums within the chunk as products, of float32 values as two bf16 limbs where terms cancel.
-            matrix = lambda row: load(constants_g.at[pl.ds(row, 64)], optimized=False)
             high = change.astype(BF16)
-            g_own[...] = high
-            limb[...] = (change - high.astype(F32)).astype(BF16)
+            v.g_own[...] = high
+            v.limb[...] = (change - high.astype(F32)).astype(BF16)
             plgpu.commit_smem()
-            sums_from = together(matrix(FROM))
-            dg = product.total([(sums_from, g_own), (sums_from, limb)], TILE)
-            g_own[...] = later
+            sums_from = together(v.matrix(FROM))
+            dg = product.total([(sums_from, v.g_own), (sums_from, v.limb)], TILE)
+            v.g_own[...] = later
             plgpu.commit_smem()
-            dg = product(together(matrix(BEFORE)), g_own, TILE, onto=dg + along_columns(load(through_s.at[w], COLUMN), TILE))
+            dg = dg + along_columns(load(through_s.at[w], COLUMN), TILE)
+            dg = product(together(v.matrix(BEFORE)), v.g_own, TILE, onto=dg)
             dg = lax.cond(
                 within,
                 lambda: dg,
-                lambda: jnp.where(load(g_g.at[b, rows, g, own_keys], optimized=False).astype(F32) > FLOOR, dg, 0.0),
+                lambda: jnp.where(load(g_g.at[b, v.rows, g, own_keys], optimized=False).astype(F32) > FLOOR, dg, 0.0),
             )
-            g_own[...] = dg.astype(BF16)
+            v.g_own[...] = dg.astype(BF16)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(g_own, dg_g.at[vb, b, rows, h, own_keys])
+            plgpu.copy_smem_to_gmem(v.g_own, dg_g.at[vb, b, v.rows, h, own_keys])
 
+            v = Views(step)
             for c in range(w_values):
+
                 @pl.when((w == 0) | (VB > 64))
                 def _(c=c):
                     part = pl.ds(own_values.start + 64 * c, 64)
                     if packed:
-                        dv = product(PT, do_c.at[:, part], TILE, onto=of_last(product(k_c, dS_s.at[:, part], TILE)))
+                        dv = product(PT, v.do.at[:, part], TILE, onto=of_last(product(v.k, v.dS.at[:, part], TILE)))
                     else:
-                        dv = product.total([(PT, do_c.at[:, part]), (k_c, dS_s.at[:, part])], TILE)
+                        dv = product.total([(PT, v.do.at[:, part]), (v.k, v.dS.at[:, part])], TILE)
                     if c:
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    limb[...] = dv.astype(BF16)
+                    v.limb[...] = dv.astype(BF16)
                     plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(limb, dv_g.at[kb, b, rows, h, pl.ds(vb * VB + part.start, 64)])
+                    plgpu.copy_smem_to_gmem(v.limb, dv_g.at[kb, b, v.rows, h, pl.ds(vb * VB + part.start, 64)])
 
             if packed:
 
                 @pl.when(opens != closes)
                 def _():
                     meet(barrier)
-                    q_own[...] = of_first(load(q_own).astype(F32)).astype(BF16)
+                    v.q_own[...] = of_first(load(v.q_own).astype(F32)).astype(BF16)
                     plgpu.commit_smem()
 
-            dS = product(q_own.T, do_c, (64, VB), onto=dS) * along_rows(before, (64, VB))
+            v = Views(step)
+            dS = product(v.q_own.T, v.do, (64, VB), onto=dS) * along_rows(before, (64, VB))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # g_own is read before it is loaded again
             plgpu.commit_smem()
             meet(barrier)
@@ -283,20 +302,14 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
 
             return dS, document
 
-        def hard_chunk(step, dS, s, depths, depths_t, pair_gradients, diagonal, from_state, of_last):
+        def hard_chunk(step, dS, diagonal, of_first, of_last, together):
             """Tiers 2 and 3: P^T, the parts of the gate gradient and dS; dq and dk to their buffers; q, k, dS_s as the rest expects them."""
             parked_g.at[program, own][...] = dS
-            rows = pl.ds((first + step) * CHUNK, CHUNK)
-            q_c, k_c, v_c, do_c, S_s, dS_s = (s[n] for n in ("q", "k", "v", "do", "S", "dS"))
-            q_own, k_own, g_own = q_c.at[:, own], k_c.at[:, own], s["g"].at[w]
-            out_q, out_k = s["out"].at[w, 0], s["out"].at[w, 1]
-            raw_q = lambda: load(q_g.at[b, rows, h, own_keys], optimized=False).astype(F32) * scale
-            raw_k = lambda: load(k_g.at[b, rows, g, own_keys], optimized=False).astype(F32)
-            matrix = lambda row: load(constants_g.at[pl.ds(row, 64)], optimized=False)
             meet(barrier)
-            g_own[...] = jnp.maximum(load(g_own), jnp.asarray(FLOOR, BF16))
+            v = Views(step)
+            v.g_own[...] = jnp.maximum(load(v.g_own), jnp.asarray(FLOOR, BF16))
             plgpu.commit_smem()
-            worst.at[w][...] = beyond_limit(product(matrix(ANCHORS + 64 * 2), g_own, TILE))
+            worst.at[w][...] = beyond_limit(product(v.matrix(ANCHORS + 64 * 2), v.g_own, TILE))
             plgpu.commit_smem()
             meet(barrier)
             within = jnp.bool_(True)
@@ -308,65 +321,73 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
 
             def level(i, carry):
                 PT, dq, dk, change = carry
+                v = Views(step)
                 right = in_right_half(32 >> i)
-                e = jnp.exp(-jnp.abs(product(matrix(ANCHORS + 64 * i), g_own, TILE)))
-                X = (jnp.where(right, raw_q(), raw_k()) * e).astype(BF16)
-                q_own[...] = X
+                depth = (5 - i).astype(F32)
+                e = jnp.exp(-jnp.abs(product(v.matrix(ANCHORS + 64 * i), v.g_own, TILE)))
+                v.q_own[...] = (jnp.where(right, v.raw_q(), v.raw_k()) * e).astype(BF16)
                 plgpu.commit_smem()
                 meet(barrier)
-                depth = (5 - i).astype(F32)
-                PT = PT + jnp.where(level_pairs(depths_t(), depth), product(q_c, q_c.T, TILE), 0.0)
-                dP, dPT = pair_gradients()
-                Z = jnp.where(level_pairs(depths(), depth), dP, jnp.where(level_pairs(depths_t(), depth), dPT, 0.0))
-                Y = product(Z.astype(BF16), q_own, TILE)
-                e = jnp.exp(-jnp.abs(product(matrix(ANCHORS + 64 * i), g_own, TILE)))
-                dq = dq + jnp.where(right, Y * (e * scale), 0.0)
-                dk = dk + jnp.where(right, 0.0, Y * e)
-                Y = Y * load(q_own).astype(F32)
-                change = change + jnp.where(right, Y, -Y)
+                PT = pin(PT + jnp.where(level_pairs(v.depths_t(), depth), product(v.q, v.q.T, TILE), 0.0))
+                v = Views(step)
+                Z = jnp.where(level_pairs(v.depths(), depth), product(v.do, v.v.T, TILE), 0.0)
+                Z = together(jnp.where(level_pairs(v.depths_t(), depth), product(v.v, v.do.T, TILE), Z).astype(BF16))
+                Y = product(Z, v.q_own, TILE)
+                e = jnp.exp(-jnp.abs(product(v.matrix(ANCHORS + 64 * i), v.g_own, TILE)))
+                dq = pin(dq + jnp.where(right, Y * (e * scale), 0.0))
+                dk = pin(dk + jnp.where(right, 0.0, Y * e))
+                Y = Y * load(v.q_own).astype(F32)
+                change = pin(change + jnp.where(right, Y, -Y))
                 meet(barrier)
                 return PT, dq, dk, change
 
             PT, dq, dk, change = lax.fori_loop(0, levels, level, (zeros,) * 4)
 
             # Bounded blocks of 16 rows in tier 2; in tier 3 single rows, whose only pair is the diagonal.
-            def around_middle():
-                return product(matrix(ANCHORS + 64 * 2), g_own, TILE) * within.astype(F32)
+            def around_middle(v):
+                return product(v.matrix(ANCHORS + 64 * 2), v.g_own, TILE) * within.astype(F32)
 
-            D = around_middle()
-            q_own[...] = (raw_q() * jnp.exp(D)).astype(BF16)
-            k_own[...] = (raw_k() * jnp.exp(-D)).astype(BF16)
+            v = Views(step)
+            D = around_middle(v)
+            v.q_own[...] = (v.raw_q() * jnp.exp(D)).astype(BF16)
+            v.k_own[...] = (v.raw_k() * jnp.exp(-D)).astype(BF16)
             plgpu.commit_smem()
             meet(barrier)
+            v = Views(step)
             size = (6 - levels).astype(F32)
-            PT = PT + jnp.where(bounded_pairs(depths_t(), size), product(k_c, q_c.T, TILE), 0.0)
-            dP, dPT = pair_gradients()
-            diag = diagonal(dP)
             inside = lambda depth: (depth >= 0.0) & bounded_pairs(depth, size)
-            for_q = product(jnp.where(inside(depths()), dP, 0.0).astype(BF16), k_own, TILE)
-            for_k = product(jnp.where(inside(depths_t()), dPT, 0.0).astype(BF16), q_own, TILE)
-            D = around_middle()
-            dq = dq + for_q * (jnp.exp(D) * scale) + diag * (raw_k() * scale)
-            dk = dk + for_k * jnp.exp(-D) + diag * raw_q()
-            change = change + for_q * load(q_own).astype(F32) - for_k * load(k_own).astype(F32)
+            PT = pin(PT + jnp.where(bounded_pairs(v.depths_t(), size), product(v.k, v.q.T, TILE), 0.0))
+            PT = PT.astype(BF16)
+            dP = product(v.do, v.v.T, TILE)
+            diag = diagonal(v, dP)
+            for_q = product(together(jnp.where(inside(v.depths()), dP, 0.0).astype(BF16)), v.k_own, TILE)
+            dq = pin(dq + for_q * (jnp.exp(around_middle(v)) * scale) + diag * (v.raw_k() * scale))
+            change = pin(change + for_q * load(v.q_own).astype(F32))
+            v = Views(step)
+            dPT = product(v.v, v.do.T, TILE)
+            for_k = product(together(jnp.where(inside(v.depths_t()), dPT, 0.0).astype(BF16)), v.q_own, TILE)
+            dk = pin(dk + for_k * jnp.exp(-around_middle(v)) + diag * v.raw_q())
+            change = pin(change - for_k * load(v.k_own).astype(F32))
             plgpu.commit_smem()
             meet(barrier)
 
+            v = Views(step)
             dS = load(parked_g.at[program, own], optimized=False)
-            dS_s.at[own][...] = dS.astype(BF16)
-            q_own[...] = (raw_q() * jnp.exp(product(matrix(PREFIX), g_own, TILE))).astype(BF16)
-            k_own[...] = (raw_k() * jnp.exp(product(matrix(SUFFIX), g_own, TILE))).astype(BF16)
+            v.dS.at[own][...] = dS.astype(BF16)
+            v.q_own[...] = (v.raw_q() * jnp.exp(product(v.matrix(PREFIX), v.g_own, TILE))).astype(BF16)
+            v.k_own[...] = (v.raw_k() * jnp.exp(product(v.matrix(SUFFIX), v.g_own, TILE))).astype(BF16)
             plgpu.commit_smem()
             meet(barrier)
-            for_q = from_state()
-            change = change + for_q * load(q_own).astype(F32)
-            dq = dq + for_q * (jnp.exp(product(matrix(PREFIX), g_own, TILE)) * scale)
+            v = Views(step)
+            for_q = of_first(product(v.do, v.S.at[own].T, TILE))
+            change = pin(change + for_q * load(v.q_own).astype(F32))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            out_q[...] = dq.astype(BF16)
-            for_k = of_last(product(v_c, dS_s.at[own].T, TILE))
-            later = (for_k * load(k_own).astype(F32)).astype(BF16)
-            out_k[...] = (dk + for_k * jnp.exp(product(matrix(SUFFIX), g_own, TILE))).astype(BF16)
-            return PT.astype(BF16), change, later, dS
+            v.out_q[...] = (dq + for_q * (jnp.exp(product(v.matrix(PREFIX), v.g_own, TILE)) * scale)).astype(BF16)
+            v = Views(step)
+            for_k = of_last(product(v.v, v.dS.at[own].T, TILE))
+            later = (for_k * load(v.k_own).astype(F32)).astype(BF16)
+            v.out_k[...] = (dk + for_k * jnp.exp(product(v.matrix(SUFFIX), v.g_own, TILE))).astype(BF16)
+            return PT, change, later, dS
 
         if has_final:
             dS = load(final_g.at[b, h, piece, own_keys, values], optimized=False)

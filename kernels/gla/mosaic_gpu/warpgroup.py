@@ -49,6 +49,11 @@ def along_columns(row: jax.Array, shape) -> jax.Array:
     return lax.broadcast_in_dim(row, shape, (1,))
 
 
+def pin(x: jax.Array) -> jax.Array:
+    """x, computed here: the compiler would put the arithmetic off to its last use and keep every operand in registers until then."""
+    return lax.optimization_barrier(x)
+
+
 def meet(barrier) -> None:
     """All warpgroups of the block wait for each other; None where there is only one."""
     if barrier is not None:
