@@ -86,7 +86,7 @@ def start(
 def advance(
     model: LanguageModel, decoding: Decoding, *, count: int, sampling: Sampling, stop_token: int | None
 ) -> tuple[Int[Array, "B count"], Decoding]:
-    """The next ``count`` tokens, fewer steps where all rows are done before: one loop, its memory independent of ``count``.
+    """The next ``count`` tokens, by one loop that ends early once all rows are done.
 
     A second call goes on where the first one ended, with the draws that one longer call would have made.
     """

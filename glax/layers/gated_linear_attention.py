@@ -50,7 +50,7 @@ class GatedLinearAttention(nnx.Module):
         short_conv_width: taps of the causal convolution, followed by SiLU, of each of q, k and v; none when None.
         norm_eps: of the norm of o, which is over V, per head, with one weight [V] for all heads.
         std: of the initial weights.
-        dtype: of the computation. Gates, norm and state are float32.
+        dtype: of the computation. The gates' logsigmoid, the norm and the state are float32.
         implementation: of the operator, see ``kernels.gated_linear_attention``.
     """
 
@@ -174,6 +174,7 @@ class GatedLinearAttention(nnx.Module):
         log_alpha = jax.nn.log_sigmoid(self.gk_up(self.gk_down(x), jnp.float32)) / self.gate_temperature
         if self.clamp_min is not None:
             log_alpha = jnp.maximum(log_alpha, self.clamp_min)
+        log_alpha = log_alpha.astype(q.dtype)  # the Hopper kernels take gates in the dtype of their tiles
         if self.feature_map is not None:
             feature_map = FEATURE_MAPS[self.feature_map]
             q, k = feature_map(q), feature_map(k)

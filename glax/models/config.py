@@ -86,7 +86,7 @@ class ModelConfig:
     """Standard deviation of the initial matrices."""
 
     compute_dtype: str = "bfloat16"
-    """Type of matrix products and of the residual stream: bfloat16, float16 or float32. Parameters, norms, gates,
+    """Type of matrix products and of the residual stream: bfloat16 or float32. Parameters, norms, gates,
     states and logits are float32."""
 
     remat: Remat = "none"
@@ -115,7 +115,7 @@ class ModelConfig:
             raise UserError(f"mlp_size is {self.mlp_size}: give a width, 0 for no MLP, or leave it out")
         _one_of("mixer", self.mixer, get_args(Mixer))
         _one_of("remat", self.remat, get_args(Remat))
-        _one_of("compute_dtype", self.compute_dtype, ("bfloat16", "float16", "float32"))
+        _one_of("compute_dtype", self.compute_dtype, ("bfloat16", "float32"))
         if self.feature_map is not None:
             _one_of("feature_map", self.feature_map, tuple(FEATURE_MAPS))
         for depth in self.attention_layers:
