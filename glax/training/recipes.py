@@ -21,11 +21,11 @@ def _bytes(preset: str) -> TrainConfig:
     """A few minutes on two CPU cores, on bytes. A small model wants a larger learning rate than the paper's."""
     return TrainConfig(
         model=PRESETS[preset],
-        data=DataConfig(sequence_length=256, batch_size=16, validation_tokens=2**16),
+        data=DataConfig(sequence_length=256, batch_size=8, validation_tokens=2**15),
         optimizer=OptimizerConfig(
-            learning_rate=3e-3, initial_learning_rate=3e-4, final_learning_rate=3e-4, warmup_steps=30
+            learning_rate=4e-3, initial_learning_rate=4e-4, final_learning_rate=4e-4, warmup_steps=30
         ),
-        steps=400,
+        steps=300,
         evaluate_every=100,
         checkpoint_every=100,
     )
