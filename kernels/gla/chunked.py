@@ -21,7 +21,11 @@ import jax.numpy as jnp
 from . import halving
 from .recurrence import segment_starts
 
-CHUNK = 64
+
+def chunk_size_for(length, key_width, value_width) -> int:
+    """A power of two: longer where a state is wide, so that it is read and written less often."""
+    chunk = 128 if key_width * value_width >= 128 * 128 else 64
+    return min(chunk, 1 << (length - 1).bit_length())
 
 
 def unsupported(q, k, v, log_alpha, *, initial_state, segment_ids, return_final_state, platform) -> str | None:
@@ -32,7 +36,7 @@ def unsupported(q, k, v, log_alpha, *, initial_state, segment_ids, return_final_
 
 
 def gated_linear_attention(
-    q, k, v, log_alpha, *, scale, initial_state, segment_ids, return_final_state, chunk_size=CHUNK
+    q, k, v, log_alpha, *, scale, initial_state, segment_ids, return_final_state, chunk_size=None
 ):
     """Shapes as in `kernels.gated_linear_attention`; `chunk_size`, a power of two, is for tuning.
 
@@ -40,7 +44,7 @@ def gated_linear_attention(
     states are float32.
     """
     starts = None if segment_ids is None else segment_starts(segment_ids)
-    chunk_size = min(chunk_size, 1 << (q.shape[1] - 1).bit_length())
+    chunk_size = chunk_size or chunk_size_for(q.shape[1], k.shape[-1], v.shape[-1])
     o, final_state = _attend(chunk_size, scale, q, k, v, log_alpha, initial_state, starts)
     return (o, final_state) if return_final_state else o
 
@@ -177,13 +181,12 @@ def _intra_gradients(scale, q, k, v, gates, do, product):
     dq = d_diagonal * k[:, :, :, None]
     dk = jnp.sum(d_diagonal * scaled_q, 3)
     d_exponents = jnp.zeros(gates.shape, jnp.float32)
-    dp = product.operand(dp)
     for half in halving.half_widths(chunk):
         decays, q_right, k_left = _level(scale, q, k, gates, half, product)
         p += halving.from_pairs(product("nbgrik,nbgjk->nbgrij", q_right, k_left), half)
         dp_half = halving.pairs(dp, half)
-        dq_right = product("nbgrij,nbgjk->nbgrik", dp_half, k_left)
-        dk_left = product("nbgrij,nbgrik->nbgjk", dp_half, q_right)
+        dq_right = product.in_limbs("nbgjk,nbgrij->nbgrik", k_left, -2, dp_half, -1)
+        dk_left = product.in_limbs("nbgrik,nbgrij->nbgjk", q_right, -2, dp_half, -2)
         dq += halving.from_right_rows(dq_right * halving.right_rows(decays, half)[:, :, :, None], half)
         dk += halving.from_left_rows(dk_left * halving.left_rows(decays, half), half)
         d_exponents += halving.from_right_rows(jnp.sum(q_right * dq_right, 3), half)
@@ -204,19 +207,20 @@ class _Products:
         x, y = self.operand(x), self.operand(y)
         return jnp.einsum(equation, x, y, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
-    def sums(self, matrix, x, segments=None):
-        """The sums of rows of x [N, B, G, C, K] that a 0/1 matrix [C, C] picks, within `segments` [N, B, C] if given.
+    def in_limbs(self, equation, x, axis, y, y_axis):
+        """A product summed over `axis` of x and `y_axis` of y: 16 bits of a float32 y, as two limbs beside bfloat16."""
+        if self.dtype == jnp.bfloat16 and y.dtype == jnp.float32:
+            high = jax.lax.reduce_precision(y, exponent_bits=8, mantissa_bits=7)
+            x, y = jnp.concatenate([x, x], axis), jnp.concatenate([high, y - high], y_axis)
+        return self(equation, x, y)
 
-        Beside bfloat16 operands, float32 x goes in as two bfloat16 limbs: exact products, 16 bits of each term.
-        """
+    def sums(self, matrix, x, segments=None):
+        """Sums of rows of x [N, B, G, C, K], those that a 0/1 matrix [C, C] picks, within `segments` [N, B, C]."""
         matrix = jnp.asarray(matrix)
         if segments is not None:
             matrix = matrix & (segments[:, :, None, :, None] == segments[:, :, None, None, :])
-        if x.dtype == jnp.float32 and self.dtype == jnp.bfloat16:
-            high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-            x = jnp.concatenate([high, x - high], -2)
-            matrix = jnp.concatenate([matrix, matrix], -1)
-        return self("nbgit,nbgtk->nbgik", jnp.broadcast_to(matrix, (*x.shape[:3], *matrix.shape[-2:])), x)
+        matrix = jnp.broadcast_to(matrix, (*x.shape[:3], *matrix.shape[-2:]))
+        return self.in_limbs("nbgit,nbgtk->nbgik", matrix, -1, x, -2)
 
 
 def _chunks(q, k, v, log_alpha, starts, chunk, count):

@@ -69,15 +69,15 @@ def gradients(call, has_state):
 def test_under_jit_nothing_is_exchanged(gla, implementation, mesh, groups, extras):
     inputs = make(gla, groups, segments=extras, state=extras)
     arrays = place(mesh, inputs, specs(inputs))
-    call = forward(implementation.name, extras)
-    for f in (call, gradients(call, extras)):
+    call, recurrent = forward(implementation.name, extras), forward("reference", extras)
+    for f, oracle in ((call, recurrent), (gradients(call, extras), gradients(recurrent, extras))):
         compiled = jax.jit(f).lower(*arrays).compile()
         assert not COLLECTIVE.search(compiled.as_text())
         outputs = jax.tree.leaves(compiled(*arrays))
-        expected = jax.tree.leaves(jax.jit(f)(*inputs.differentiable, inputs.segment_ids))
+        expected = jax.tree.leaves(jax.jit(oracle)(*inputs.differentiable, inputs.segment_ids))
         for got, want in zip(outputs, expected, strict=True):
             assert got.addressable_shards[0].data.size * 8 == got.size
-            np.testing.assert_allclose(got, want, atol=1e-5)
+            np.testing.assert_allclose(got, want, atol=5e-5)
 
 
 def test_inside_shard_map(gla, implementation, mesh):
@@ -86,10 +86,9 @@ def test_inside_shard_map(gla, implementation, mesh):
     call = forward(implementation.name, True)
     sharded = jax.shard_map(call, mesh=mesh, in_specs=partition, out_specs=(partition[0], partition[4]))
     arrays = (*inputs.differentiable, inputs.segment_ids)
-    for got, want in zip(
-        jax.jit(gradients(sharded, True))(*arrays), jax.jit(gradients(call, True))(*arrays), strict=True
-    ):
-        np.testing.assert_allclose(got, want, atol=1e-5)
+    got, want = (jax.jit(gradients(f, True))(*arrays) for f in (sharded, forward("reference", True)))
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, atol=5e-5)
 
 
 class TestShardOverBatchAndHeads:
@@ -128,7 +127,7 @@ class TestShardOverBatchAndHeads:
 
     def check(self, got, want):
         for x, y in zip(got, want, strict=True):
-            np.testing.assert_allclose(x, y, atol=1e-5)
+            np.testing.assert_allclose(x, y, atol=5e-5)
 
     @pytest.mark.parametrize("groups", [4, 2])
     def test_each_device_runs_its_share(self, gla, mesh, plain, wrapped, seen, groups):
