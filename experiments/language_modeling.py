@@ -30,7 +30,7 @@ import tyro
 from glax.data import prepare, validation_batches
 from glax.errors import exit_code
 from glax.inference import generate
-from glax.training import RECIPES, TrainConfig, TrainResult, recipe, train
+from glax.training import RECIPES, TrainConfig, TrainResult, plot_losses, recipe, train
 from provenance import provenance
 
 DEFAULT_PRESET = "gla-small-bytes"
@@ -64,7 +64,7 @@ class Arguments:
     """Temperature of the sampling."""
 
     results: Path | None = None
-    """Also write the curves to this JSON file, with the settings and what they ran on."""
+    """Also write the curves to this JSON file, with the settings and what they ran on, and beside it their plot."""
 
 
 def parse(argv: list[str]) -> Arguments:
@@ -130,6 +130,7 @@ def write_results(result: TrainResult, arguments: Arguments) -> None:
     }
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     arguments.results.write_text(json.dumps(content, indent=1) + "\n")
+    plot_losses(result.records, arguments.results.with_suffix(".png"), arguments.name or arguments.preset)
     say(f"results: {arguments.results}")
 
 

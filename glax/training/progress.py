@@ -1,12 +1,11 @@
 """What the person at the terminal sees of a run."""
 
 import sys
-import time
 from types import TracebackType
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from glax.training.metrics import Record
 
@@ -32,8 +31,6 @@ class ProgressBar:
 
     def __init__(self, first_step: int, steps: int, quiet: bool):
         self._steps = steps
-        self._first_step = first_step
-        self._started = time.monotonic()
         self._silent = quiet or jax.process_index() != 0
         self._bar = None
         if not self._silent and sys.stdout.isatty():
@@ -41,7 +38,6 @@ class ProgressBar:
                 TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
                 BarColumn(bar_width=20),
                 TextColumn("{task.fields[line]}"),
-                TimeRemainingColumn(),
             )
             self._bar = Progress(*columns, console=Console(file=sys.stdout), transient=True)
             self._task = self._bar.add_task("", total=steps, completed=first_step, line="")
@@ -57,12 +53,11 @@ class ProgressBar:
 
     def update(self, record: Record) -> None:
         """Show a training record."""
+        line = f"{describe(record)}  {_clock(record['seconds'] * (self._steps - record['step']))} left"
         if self._bar is not None:
-            self._bar.update(self._task, completed=record["step"], line=describe(record))
+            self._bar.update(self._task, completed=record["step"], line=line)
         elif not self._silent:
-            done = record["step"] - self._first_step
-            left = (time.monotonic() - self._started) / max(done, 1) * (self._steps - record["step"])
-            print(f"step {record['step']:>6}/{self._steps}  {describe(record)}  {_clock(left)} left", flush=True)
+            print(f"step {record['step']:>6}/{self._steps}  {line}", flush=True)
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
