@@ -20,6 +20,6 @@ def exit_code(command: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
+        print("interrupted: the same command continues from the last checkpoint, if there is one", file=sys.stderr)
         return 130
     return 0

@@ -6,6 +6,8 @@ import json
 import pytest
 
 import glax.layers.gated_linear_attention as gla_layer
+import language_modeling
+from glax.training.utilization import PEAK_FLOPS
 from language_modeling import main
 
 
@@ -65,7 +67,7 @@ def test_help_names_presets_and_shows_their_values(capsys):
 
 
 def test_options_reach_the_run(tiny, tmp_path, monkeypatch, capfd):
-    """The named kernel runs, in as many microbatches as asked for, and profile and TensorBoard events are left."""
+    """The named kernel runs, in as many microbatches as asked for; profile, TensorBoard events and MFU are left."""
     pytest.importorskip("tensorboard")
     operator, seen = gla_layer.gated_linear_attention, []
 
@@ -74,11 +76,16 @@ def test_options_reach_the_run(tiny, tmp_path, monkeypatch, capfd):
         return operator(q, *operands, implementation=implementation, **options)
 
     monkeypatch.setattr(gla_layer, "gated_linear_attention", watched)
+    monkeypatch.setitem(PEAK_FLOPS, "cpu", 1e12)
     options = ["--implementation", "reference", "--microbatches", "2", "--profile", "--tensorboard"]
     assert main([*tiny, *options, "--data.batch-size", "16"]) == 0
     assert set(seen) == {("reference", 8)}
     folder = tmp_path / "runs" / "run"
     assert json.loads((folder / "config.json").read_text())["model"]["implementation"] == "reference"
+    first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[1])
+    model = language_modeling.parse([*tiny, *options]).train.model
+    assert first["mfu"] == pytest.approx(first["tokens_per_second"] * model.flops_per_token(64) / 8e12)
+    assert "MFU" in capfd.readouterr().out
     assert list((folder / "profile").rglob("*.xplane.pb")) and list((folder / "tensorboard").iterdir())
 
 
