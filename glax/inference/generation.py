@@ -73,7 +73,7 @@ def start(
     lengths: Int[Array, "B"] | None,
     *,
     max_new_tokens: int,
-    seed: int,
+    seed: int | Int[Array, ""],
 ) -> Decoding:
     """Read the prompts, with room for ``max_new_tokens`` more where a state grows with them."""
     batch, length = tokens.shape

@@ -32,7 +32,7 @@ class GatedLinearAttentionState(NamedTuple):
     """
 
     memory: Float[Array, "B H K V"]
-    convolutions: tuple[Float[Array, "B W-1 C"], ...] | None
+    convolutions: tuple[Float[Array, "B _ _"], ...] | None
 
 
 class GatedLinearAttention(nnx.Module):

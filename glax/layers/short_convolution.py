@@ -22,7 +22,7 @@ class ShortConvolution(nnx.Module):
         self.weight = parameter(weight, (axis, None))
         self.dtype = dtype
 
-    def init_state(self, batch: int) -> Float[Array, "B W-1 C"]:
+    def init_state(self, batch: int) -> Float[Array, "B past C"]:
         channels, width = self.weight.shape
         return jnp.zeros((batch, width - 1, channels), self.dtype)
 
@@ -31,9 +31,9 @@ class ShortConvolution(nnx.Module):
         x: Float[Array, "B T C"],
         *,
         segment_ids: Int[Array, "B T"] | None = None,
-        state: Float[Array, "B W-1 C"] | None = None,
+        state: Float[Array, "B past C"] | None = None,
         lengths: Int[Array, "B"] | None = None,
-    ) -> tuple[Float[Array, "B T C"], Float[Array, "B W-1 C"] | None]:
+    ) -> tuple[Float[Array, "B T C"], Float[Array, "B past C"] | None]:
         """y, and the last tokens of each row for the tokens to come where ``state``, those before, is given."""
         y = short_convolution(
             x,

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from glax.layers import GatedLinearAttention, RMSNorm, SoftmaxAttention, SwiGLU, constrain
 from glax.models.config import ModelConfig
@@ -118,7 +118,7 @@ class Block(nnx.Module):
 class Stack(nnx.Module):
     """Equal blocks, one after the other, as one scan: parameters and states have a leading axis of layers."""
 
-    def __init__(self, make: Callable[[PRNGKeyArray], Block], keys: PRNGKeyArray):
+    def __init__(self, make: Callable[[PRNGKeyArray], Block], keys: Key[Array, "layers"]):
         stacked = jax.vmap(make)(keys)
         self.block = nnx.spmd.add_axis(stacked, 0, {nnx.PARTITION_NAME: "layers"})
         self.count = len(keys)

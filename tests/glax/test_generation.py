@@ -47,7 +47,7 @@ def test_greedy_decoding_is_the_argmax_of_the_parallel_form(name: str):
     """Prompts of three lengths in one batch; what stands in the padding does not matter."""
     model = model_of(name)
     tokens, lengths = padded(PROMPTS, filler=13)
-    new = np.asarray(generate(model, tokens, lengths, max_new_tokens=NEW, temperature=0))
+    new = np.asarray(generate(model, tokens, lengths, max_new_tokens=NEW, temperature=0.0))
     rows, row_lengths = padded([prompt + list(row) for prompt, row in zip(PROMPTS, new, strict=True)], filler=0)
     best = np.asarray(jnp.argmax(jax.jit(lambda model, tokens: model(tokens))(model, rows), -1))
     for row, length, chosen in zip(best, row_lengths, new, strict=True):
@@ -113,9 +113,9 @@ def test_streaming_is_generation_in_pieces():
 def test_a_stop_token_ends_its_row_alone():
     model = model_of("gla")
     tokens, lengths = padded(PROMPTS, filler=0)
-    free = np.asarray(generate(model, tokens, lengths, max_new_tokens=NEW, temperature=0))
+    free = np.asarray(generate(model, tokens, lengths, max_new_tokens=NEW, temperature=0.0))
     stop = int(free[0, 5])
-    stopped = np.asarray(generate(model, tokens, lengths, max_new_tokens=NEW, temperature=0, stop_token=stop))
+    stopped = np.asarray(generate(model, tokens, lengths, max_new_tokens=NEW, temperature=0.0, stop_token=stop))
     for row, expected in zip(stopped, free, strict=True):
         end = list(expected).index(stop) if stop in expected else NEW
         np.testing.assert_array_equal(row[:end], expected[:end])
@@ -143,7 +143,7 @@ LOGITS = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]]))
     [
         (Sampling(), [0.5, 0.25, 0.15, 0.1]),
         (Sampling(temperature=0.5), [25 / 34.5, 6.25 / 34.5, 2.25 / 34.5, 1 / 34.5]),
-        (Sampling(temperature=0), [1, 0, 0, 0]),
+        (Sampling(temperature=0.0), [1, 0, 0, 0]),
         (Sampling(top_k=2), [2 / 3, 1 / 3, 0, 0]),
         (Sampling(top_k=9), [0.5, 0.25, 0.15, 0.1]),
         (Sampling(top_p=0.6), [2 / 3, 1 / 3, 0, 0]),
