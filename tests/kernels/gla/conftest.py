@@ -147,6 +147,24 @@ def magnitudes(inputs: Inputs) -> dict[str, np.ndarray]:
     return oracle(inputs.replace(**{n: abs(x) for n in names if (x := getattr(inputs, n)) is not None}))
 
 
+def rms(x):
+    return float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64)))))
+
+
+def check(inputs, outputs, dtype):
+    """Relative RMS errors within the contract; zero where the oracle is zero throughout."""
+    expected, uncancelled = oracle(inputs), magnitudes(inputs)
+    assert outputs.keys() == expected.keys()
+    for name, want in expected.items():
+        got = np.asarray(outputs[name], np.float64)
+        assert np.isfinite(got).all(), name
+        error = rms(got - want) / max(rms(want if want.size > 1000 else uncancelled[name]), 1e-30)
+        limit = TOLERANCES[dtype][name not in ("o", "final_state")]
+        if want.size < 100:
+            limit *= 3  # of so few numbers the worst counts, not the typical one: three roundings
+        assert error < limit, f"{name}: {error:.2e}, wanted under {limit}"
+
+
 def pytest_generate_tests(metafunc):
     """One run per implementation, and per dtype where a test asks for one."""
     if "dtype" in metafunc.fixturenames:

@@ -42,24 +42,6 @@ def run(gla, implementation, inputs):
     return {name: x for name, x in zip(gla.OUTPUTS, outputs, strict=True) if x is not None}
 
 
-def rms(x):
-    return float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64)))))
-
-
-def check(gla, inputs, outputs, dtype):
-    """Relative RMS errors within the contract; zero where the oracle is zero throughout."""
-    expected, uncancelled = gla.oracle(inputs), gla.magnitudes(inputs)
-    assert outputs.keys() == expected.keys()
-    for name, want in expected.items():
-        got = np.asarray(outputs[name], np.float64)
-        assert np.isfinite(got).all(), name
-        error = rms(got - want) / max(rms(want if want.size > 1000 else uncancelled[name]), 1e-30)
-        limit = gla.TOLERANCES[dtype][name not in ("o", "final_state")]
-        if want.size < 100:
-            limit *= 3  # of so few numbers the worst counts, not the typical one: three roundings
-        assert error < limit, f"{name}: {error:.2e}, wanted under {limit}"
-
-
 @few(max_examples=30)
 @given(data=st.data())
 def test_outputs_and_gradients(gla, implementation, dtype, data):
@@ -73,14 +55,14 @@ def test_outputs_and_gradients(gla, implementation, dtype, data):
         segments=data.draw(st.sampled_from(sorted(gla.SEGMENTS))),
         dtype=dtype,
     )
-    check(gla, inputs, run(gla, implementation, inputs), dtype)
+    gla.check(inputs, run(gla, implementation, inputs), dtype)
 
 
 def test_bfloat16_with_float32_gates(gla, implementation):
     inputs = gla.make_inputs(gla.CASES["full"], gates="wild", dtype="bfloat16", gate_dtype="float32")
     outputs = run(gla, implementation, inputs)
     assert outputs["dlog_alpha"].dtype == jnp.float32
-    check(gla, inputs, outputs, "bfloat16")
+    gla.check(inputs, outputs, "bfloat16")
 
 
 def test_states_outgrow_float16(gla, implementation):
@@ -90,7 +72,7 @@ def test_states_outgrow_float16(gla, implementation):
     outputs, expected = run(gla, implementation, inputs), gla.oracle(inputs)
     assert np.max(expected["final_state"]) > 1e7
     for name in ("o", "final_state"):
-        assert rms(outputs[name] - expected[name]) < 1e-3 * rms(expected[name])
+        assert gla.rms(outputs[name] - expected[name]) < 1e-3 * gla.rms(expected[name])
 
 
 @few(max_examples=10)
@@ -171,7 +153,7 @@ def test_scale(gla, implementation):
     inputs = gla.make_inputs(gla.CASES["plain"])
     call = jax.jit(functools.partial(gated_linear_attention, scale=0.3, implementation=implementation.name))
     o = call(inputs.q, inputs.k, inputs.v, inputs.log_alpha)
-    assert rms(o - gla.oracle(inputs, scale=0.3)["o"]) < 5e-6 * rms(o)
+    assert gla.rms(o - gla.oracle(inputs, scale=0.3)["o"]) < 5e-6 * gla.rms(o)
 
 
 def test_under_vmap_remat_and_scan_over_layers(gla, implementation):
@@ -198,7 +180,7 @@ def test_under_vmap_remat_and_scan_over_layers(gla, implementation):
     looped = jax.jit(jax.grad(in_loop, argnums=(0, 1, 2, 3)))
     for example, inputs in enumerate(arrays):
         for got, want in zip(mapped, looped(*inputs), strict=True):
-            assert rms(got[example] - want) < 1e-5 * rms(want)
+            assert gla.rms(got[example] - want) < 1e-5 * gla.rms(want)
 
 
 def test_backward_memory_is_linear_in_length(gla, implementation):

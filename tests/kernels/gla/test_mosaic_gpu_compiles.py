@@ -1,7 +1,7 @@
 """The Hopper kernels compile for an H200, fit it, and keep their values in registers: checked with no GPU.
 
-Each shape compiles in a process of its own, whose ptxas report (MOSAIC_GPU_DUMP_PTXAS) is read back. A kernel that wants
-more shared memory than a block can have does not compile, so that it compiles is the check that it fits.
+Each shape compiles in a process of its own, whose ptxas report (MOSAIC_GPU_DUMP_PTXAS) is read back. A kernel that
+wants more shared memory than a block can have does not compile, so that it compiles is the check that it fits.
 """
 
 import importlib.util
@@ -27,8 +27,8 @@ SHAPES = {  # B, T, H, K, V
     "1b3_32k": (1, 32768, 4, 256, 512),
 }
 
-# Spilled registers are bytes written to local memory in the chunk loop: the wanted number is 0. Kernels that spill today
-# stand here with what they are allowed, and these numbers only ever go down; a kernel that is not here may not spill.
+# Registers that do not fit are spilled to local memory, in the loop over chunks: the wanted number is 0. Kernels that
+# spill today stand here with the bytes allowed, and these only ever go down; a kernel that is not here may not spill.
 ALLOWED_SPILL_BYTES = {
     ("fig2_2k", "backward"): 672,
     ("d128_2k", "backward"): 1660,
@@ -37,8 +37,8 @@ ALLOWED_SPILL_BYTES = {
     ("1b3_2k", "backward"): 1664,
 }
 
-# Device memory of forward + backward beyond inputs, MiB: temporaries and outputs. Here too numbers only go down; fig2_2k is
-# wanted at 720, of which the outputs are 640 (o is one of them) and the states that the forward saves are 128.
+# Device memory of forward + backward beyond inputs, MiB: temporaries and outputs. Here too numbers only go down. Wanted
+# at fig2_2k: 720. Its outputs, o among them, are 640, and the states that the forward saves 128.
 ALLOWED_MIB = {"fig2_2k": 785, "d128_2k": 930, "1b3_2k": 1985}
 
 COMPILE = """
@@ -68,7 +68,8 @@ for name, f, inputs in (
 """
 
 REPORT = re.compile(
-    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads\nptxas info +: Used (?P<registers>\d+) registers"
+    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads\n"
+    r"ptxas info +: Used (?P<registers>\d+) registers"
 )
 
 
@@ -92,7 +93,7 @@ def compile_for_h200(shape):
 
 
 def distinct_kernels():
-    """Of the shapes, those with kernels of their own: B, T, H and the number of value blocks are only numbers in them."""
+    """Of the shapes, those with kernels of their own: B, T, H and how many value blocks are only numbers in them."""
     from kernels.gla.mosaic_gpu.tiles import backward_tiles, forward_tiles
 
     cases = {}
