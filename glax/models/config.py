@@ -86,8 +86,8 @@ class ModelConfig:
     """Standard deviation of the initial matrices."""
 
     compute_dtype: str = "bfloat16"
-    """Type of matrix products and of the residual stream: bfloat16 or float32. Parameters, norms, gates,
-    states and logits are float32."""
+    """Type of matrix products and of the residual stream: bfloat16 or float32. Parameters, norms, states,
+    logits and the computation of gates are float32."""
 
     remat: Remat = "none"
     """What the backward pass computes again: none; full, everything in a block; matmuls, all but a block's matrix

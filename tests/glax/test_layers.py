@@ -124,20 +124,23 @@ def test_feature_maps(name: str):
     np.testing.assert_allclose(FEATURE_MAPS[name](jnp.asarray(x, jnp.float32)), expected[name], atol=1e-6)
 
 
-def test_bfloat16_leaves_gates_and_state_float32(monkeypatch: pytest.MonkeyPatch):
+def test_in_bfloat16_gates_are_rounded_once_and_states_never(monkeypatch: pytest.MonkeyPatch):
     from glax.layers import gated_linear_attention as module
 
     seen = {}
 
     def operator(q, k, v, log_alpha, **options):
-        seen.update(q=q.dtype, k=k.dtype, v=v.dtype, log_alpha=log_alpha.dtype, state=options["initial_state"].dtype)
+        seen.update(q=q.dtype, k=k.dtype, v=v.dtype, log_alpha=log_alpha, state=options["initial_state"].dtype)
         return v, options["initial_state"]
 
     monkeypatch.setattr(module, "gated_linear_attention", operator)
     layer = GatedLinearAttention(D, H, short_conv_width=2, rngs=nnx.Rngs(0))
     y, _ = layer(inputs(5), state=layer.init_state(2))
     half = jnp.bfloat16
-    assert seen == {"q": half, "k": half, "v": half, "log_alpha": jnp.float32, "state": jnp.float32}
+    log_alpha = jax.nn.log_sigmoid(layer.gk_up(layer.gk_down(inputs(5)), jnp.float32)) / 16
+    assert log_alpha.dtype == jnp.float32
+    np.testing.assert_array_equal(seen.pop("log_alpha"), log_alpha.astype(half).reshape(2, 5, H, -1))
+    assert seen == {"q": half, "k": half, "v": half, "state": jnp.float32}
     assert y.dtype == half
     assert {leaf.dtype for leaf in jax.tree.leaves(layer)} == {jnp.dtype(jnp.float32)}
 
