@@ -25,9 +25,9 @@ def _bytes(preset: str) -> TrainConfig:
         optimizer=OptimizerConfig(
             learning_rate=4e-3, initial_learning_rate=4e-4, final_learning_rate=4e-4, warmup_steps=30
         ),
-        steps=300,
-        evaluate_every=100,
-        checkpoint_every=100,
+        steps=240,
+        evaluate_every=80,
+        checkpoint_every=80,
     )
 
 
