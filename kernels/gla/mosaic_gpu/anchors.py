@@ -24,9 +24,9 @@ LIMIT = 40.0  # nats: exp(2 * LIMIT) times a product of ordinary values stays fi
 FLOOR = -200.0  # nats: exp(FLOOR) is 0 in float32, so gates below it are as good as -inf, and 0 * FLOOR is not NaN
 
 # Rows of `constant_rows`: D of the whole chunk; the depths of pairs; 8 rows that sum the gates through the middle row and 8 that sum the
-# rest; the depths transposed (backward); then D of each level; sums through row i, after it, from it on, and before it.
+# rest; the depths transposed (backward); then D of each level; sums through row i, and after it.
 RESIDENT = 144  # forward; the backward keeps 64 more
-DEPTHS, FIRST, SECOND, DEPTHS_T, ANCHORS, PREFIX, SUFFIX, FROM, BEFORE = 64, 128, 136, 144, 208, 592, 656, 720, 784
+DEPTHS, FIRST, SECOND, DEPTHS_T, ANCHORS, PREFIX, SUFFIX = 64, 128, 136, 144, 208, 592, 656
 
 
 def in_right_half(half, shape=(64, 64)) -> jax.Array:
@@ -50,7 +50,7 @@ def beyond_limit(exponents: jax.Array) -> jax.Array:
 
 
 def constant_rows() -> jax.Array:
-    """The matrices that multiply gates, stacked: [848, 64] bf16; the first RESIDENT rows stay in shared memory.
+    """The matrices that multiply gates, stacked: [720, 64] bf16; the first RESIDENT rows stay in shared memory.
 
     A matrix for half width h gives (D @ gates)[i] = b_i - b_m, m the middle row of i's block of 2h: >= 0 left of m, <= 0 right of it.
     The depth of a pair i > j is log2 of the half width of the level that takes it; -1 on the diagonal, 64 above it. (A table, because
@@ -64,7 +64,19 @@ def constant_rows() -> jax.Array:
 
     first, second = (jnp.broadcast_to(jnp.where(rows, 1.0, 0.0), (8, 64)) for rows in (t <= 32, t > 32))
     anchors = [anchor(half) for half in (32, 16, 8, 4, 2, 1)]
-    depths = jnp.where(i > t, jnp.floor(jnp.log2(jnp.maximum(i ^ t, 1))), jnp.where(i == t, -1.0, 64.0))
+    depths = _depths()
     ones = jnp.ones((64, 64))
-    sums = [jnp.tril(ones), jnp.triu(ones, 1), jnp.triu(ones), jnp.tril(ones, -1)]
+    sums = [jnp.tril(ones), jnp.triu(ones, 1)]
     return jnp.concatenate([anchors[0], depths, first, second, depths.T, *anchors, *sums]).astype(BF16)
+
+
+def document_depths(documents: jax.Array) -> jax.Array:
+    """The depths of pairs and their transpose for each chunk, 64 also where rows are of different documents. [B, T / 64, 2, 64, 64] bf16."""
+    rows = documents.reshape(documents.shape[0], -1, CHUNK)
+    together = rows[..., :, None] == rows[..., None, :]
+    return jnp.where(together[:, :, None], jnp.stack([_depths(), _depths().T]), 64.0).astype(BF16)
+
+
+def _depths():
+    i, t = jnp.arange(64)[:, None], jnp.arange(64)[None]
+    return jnp.where(i > t, jnp.floor(jnp.log2(jnp.maximum(i ^ t, 1))), jnp.where(i == t, -1.0, 64.0))

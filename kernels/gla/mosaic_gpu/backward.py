@@ -23,13 +23,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .anchors import (
     ANCHORS,
-    BEFORE,
     CHUNK,
     DEPTHS,
     DEPTHS_T,
     FIRST,
     FLOOR,
-    FROM,
     PREFIX,
     RESIDENT,
     SECOND,
@@ -37,6 +35,7 @@ from .anchors import (
     beyond_limit,
     bounded_pairs,
     constant_rows,
+    document_depths,
     in_right_half,
     level_pairs,
 )
@@ -86,7 +85,7 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
         q_g, k_g, v_g, g_g, do_g, states_g, constants_g = refs[:7]
         del refs[:7]
         final_g = refs.pop(0) if has_final else None
-        documents_g = refs.pop(0) if packed else None
+        documents_g, depths_g = (refs.pop(0), refs.pop(0)) if packed else (None, None)
         dq_g, dk_g, dg_g, dv_g, initial_g, parked_g = refs[:6]
         del refs[:6]
         tiles_s, zero_s, worst, through_s, arrived, constants_arrived, met, *rest = refs
@@ -159,6 +158,9 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
                 plgpu.copy_gmem_to_smem(states_g.at[b, h, first + step, keys, values], v.S, arrived)
                 if packed:
                     plgpu.copy_gmem_to_smem(documents_g.at[b, v.rows], documents_s, arrived)
+                    for side, start in enumerate((DEPTHS, DEPTHS_T)):
+                        depths_s = v.constants.at[pl.ds(start, 64)]
+                        plgpu.copy_gmem_to_smem(depths_g.at[b, first + step, side], depths_s, arrived)
 
         @pl.when(w == 0)
         def _():
@@ -176,17 +178,23 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
             plgpu.barrier_wait(arrived)
             v = Views(step)
             if packed:
-                own_document = along_rows(load(documents_s, ROW), TILE)
                 opens, closes = documents_s[0], documents_s[63]
                 dS = dS * (closes == document).astype(F32)
                 document = opens
-                same = own_document == along_columns(load(documents_s, COLUMN), TILE)
-                together = lambda x: jnp.where(same, x, jnp.zeros((), x.dtype))
-                of_first = lambda x: jnp.where(own_document == opens, x, 0.0)
-                of_last = lambda x: jnp.where(own_document == closes, x, 0.0)
+
+                def of(chosen):
+                    """Keeps the rows of one document. (Factors, not selects: layouts of selects are searched for without end.)"""
+
+                    def keep(x):
+                        rows = jnp.where(load(documents_s, ROW) == chosen, 1.0, 0.0)
+                        return x * plgpu.layout_cast(along_rows(plgpu.layout_cast(rows, ROW), TILE), WGMMA)
+
+                    return keep
+
+                of_first, of_last = of(opens), of(closes)
                 unbroken = (opens == closes).astype(F32)
             else:
-                together = of_first = of_last = lambda x: x
+                of_first = of_last = lambda x: x
                 unbroken = 1.0
 
             D = product(v.constants.at[pl.ds(0, 64)], v.g_own, TILE)
@@ -200,16 +208,17 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
             for j in range(W):
                 within &= (worst[j, 0] == 0.0) & (worst[j, 63] == 0.0)
 
+            below = lambda depth: (depth >= 0.0) & bounded_pairs(depth, 6)
+
             def diagonal(v, dP):
                 """dP_ii, per row."""
                 return along_rows(jnp.sum(jnp.where(v.depths() == -1.0, dP, 0.0), axis=1), TILE)
 
             def tier_1():
-                below = lambda depth: (depth >= 0.0) & bounded_pairs(depth, 6)
                 v = Views(step)
                 dP = product(v.do, v.v.T, TILE)
                 diag = diagonal(v, dP)
-                for_q = product(together(jnp.where(below(v.depths()), dP, 0.0).astype(BF16)), v.k_own, TILE)
+                for_q = product(jnp.where(below(v.depths()), dP, 0.0).astype(BF16), v.k_own, TILE)
                 if packed:
                     for_q = for_q + of_first(product(v.do, v.S.at[own].T, TILE))
                 else:
@@ -220,7 +229,7 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
                 change = pin(load(v.q_own).astype(F32) * for_q)
                 v = Views(step)
                 dPT = product(v.v, v.do.T, TILE)
-                for_k = product(together(jnp.where(below(v.depths_t()), dPT, 0.0).astype(BF16)), v.q_own, TILE)
+                for_k = product(jnp.where(below(v.depths_t()), dPT, 0.0).astype(BF16), v.q_own, TILE)
                 kt = load(v.k_own).astype(F32)
                 change = pin(change - kt * for_k)
                 later = of_last(product(v.v, v.dS.at[own].T, TILE))
@@ -232,13 +241,12 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
                 return PT, change, later, dS, v.totals(SECOND), v.totals(FIRST)
 
             def tiers_2_and_3():
-                PT, change, later, kept = hard_chunk(step, dS, diagonal, of_first, of_last, together)
+                PT, change, later, kept = hard_chunk(step, dS, diagonal, of_first, of_last)
                 v = Views(step)
                 whole = v.totals(FIRST) * v.totals(SECOND)
                 return PT, change, later, kept, whole, jnp.ones_like(whole)
 
             PT, change, later, dS, after, before = lax.cond(within, tier_1, tiers_2_and_3)
-            PT = together(PT)
             v = Views(step)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(v.out_q, dq_g.at[vb, b, v.rows, h, own_keys])
@@ -251,12 +259,12 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
             v.g_own[...] = high
             v.limb[...] = (change - high.astype(F32)).astype(BF16)
             plgpu.commit_smem()
-            sums_from = together(v.matrix(FROM))
+            sums_from = jnp.where(v.depths_t() < 6.0, 1.0, 0.0).astype(BF16)
             dg = product.total([(sums_from, v.g_own), (sums_from, v.limb)], TILE)
             v.g_own[...] = later
             plgpu.commit_smem()
             dg = dg + along_columns(load(through_s.at[w], COLUMN), TILE)
-            dg = product(together(v.matrix(BEFORE)), v.g_own, TILE, onto=dg)
+            dg = product(jnp.where(below(v.depths()), 1.0, 0.0).astype(BF16), v.g_own, TILE, onto=dg)
             dg = lax.cond(
                 within,
                 lambda: dg,
@@ -302,7 +310,7 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
 
             return dS, document
 
-        def hard_chunk(step, dS, diagonal, of_first, of_last, together):
+        def hard_chunk(step, dS, diagonal, of_first, of_last):
             """Tiers 2 and 3: P^T, the parts of the gate gradient and dS; dq and dk to their buffers; q, k, dS_s as the rest expects them."""
             parked_g.at[program, own][...] = dS
             meet(barrier)
@@ -331,7 +339,7 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
                 PT = pin(PT + jnp.where(level_pairs(v.depths_t(), depth), product(v.q, v.q.T, TILE), 0.0))
                 v = Views(step)
                 Z = jnp.where(level_pairs(v.depths(), depth), product(v.do, v.v.T, TILE), 0.0)
-                Z = together(jnp.where(level_pairs(v.depths_t(), depth), product(v.v, v.do.T, TILE), Z).astype(BF16))
+                Z = jnp.where(level_pairs(v.depths_t(), depth), product(v.v, v.do.T, TILE), Z).astype(BF16)
                 Y = product(Z, v.q_own, TILE)
                 e = jnp.exp(-jnp.abs(product(v.matrix(ANCHORS + 64 * i), v.g_own, TILE)))
                 dq = pin(dq + jnp.where(right, Y * (e * scale), 0.0))
@@ -360,12 +368,12 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
             PT = PT.astype(BF16)
             dP = product(v.do, v.v.T, TILE)
             diag = diagonal(v, dP)
-            for_q = product(together(jnp.where(inside(v.depths()), dP, 0.0).astype(BF16)), v.k_own, TILE)
+            for_q = product(jnp.where(inside(v.depths()), dP, 0.0).astype(BF16), v.k_own, TILE)
             dq = pin(dq + for_q * (jnp.exp(around_middle(v)) * scale) + diag * (v.raw_k() * scale))
             change = pin(change + for_q * load(v.q_own).astype(F32))
             v = Views(step)
             dPT = product(v.v, v.do.T, TILE)
-            for_k = product(together(jnp.where(inside(v.depths_t()), dPT, 0.0).astype(BF16)), v.q_own, TILE)
+            for_k = product(jnp.where(inside(v.depths_t()), dPT, 0.0).astype(BF16), v.q_own, TILE)
             dk = pin(dk + for_k * jnp.exp(-around_middle(v)) + diag * v.raw_q())
             change = pin(change - for_k * load(v.k_own).astype(F32))
             plgpu.commit_smem()
@@ -418,14 +426,14 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
         plgpu.SMEM((1,), jnp.int32),
         plgpu.SMEM((W, 64), F32),
         plgpu.SMEM((W, 64), F32),
-        plgpu.Barrier(num_arrivals=5 + W + packed),
+        plgpu.Barrier(num_arrivals=5 + W + 3 * packed),
         plgpu.Barrier(),
         plgpu.Barrier(num_arrivals=W),
     ]
     scratch += [plgpu.SMEM((CHUNK,), jnp.int32)] if packed else []
     scratch += [shared((W, 64, 64))] if interpreted else []
     operands = [q, k, v, log_alpha, do, states, constant_rows()] + ([final_gradient] if has_final else [])
-    operands += [documents] if packed else []
+    operands += [documents, document_depths(documents)] if packed else []
     dq, dk, dg, dv, initial, _ = plgpu.kernel(
         kernel,
         out_type=out_type,
