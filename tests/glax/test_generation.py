@@ -1,6 +1,7 @@
 """Decoding token by token against the parallel form, which knows nothing of states."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +31,9 @@ PROMPTS = [[7], [3, 1, 4, 1, 5, 9, 2, 6, 5], [50, 1, 22, 9]]
 NEW = 24
 
 
-def model_of(name: str, **changes) -> LanguageModel:
-    return LanguageModel(dataclasses.replace(MODELS[name], **changes), rngs=nnx.Rngs(1))
+@functools.cache
+def model_of(name: str) -> LanguageModel:
+    return LanguageModel(MODELS[name], rngs=nnx.Rngs(1))
 
 
 def padded(prompts: list[list[int]], filler: int) -> tuple[jnp.ndarray, jnp.ndarray]:
