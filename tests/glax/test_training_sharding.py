@@ -16,6 +16,7 @@ from glax.errors import UserError
 from glax.training import MeshConfig
 from glax.training.loop import choose_microbatches, plan_and_trace
 from glax.training.sharding import check_divisible, make_mesh, place_batch, use_mesh
+from glax.training.state import plan_state
 
 MESHES = {
     "data 8": MeshConfig(data=8),
@@ -65,6 +66,17 @@ def test_parameters_and_moments_lie_in_pieces(steps_on, mesh: str):
         held += leaf.addressable_shards[0].data.size
     # Norms, the low-rank gate and counters are the small rest that is not cut over every axis.
     assert total / pieces <= held < 1.15 * total / pieces
+
+
+def test_no_device_holds_the_whole_state_at_first(tiny_config):
+    """Results and temporary memory of the compiled initialisation, per device."""
+    config = tiny_config(mesh=MeshConfig(fsdp=8))
+    mesh = make_mesh(config.mesh)
+    with use_mesh(mesh):
+        memory = plan_state(config, mesh).initialize.lower().compile().memory_analysis()
+    parameters = 4 * config.model.num_parameters()
+    assert memory.output_size_in_bytes < 1.2 * 3 * parameters / 8
+    assert memory.temp_size_in_bytes < parameters / 2
 
 
 def gathers_with_tokens(hlo: str) -> list[str]:
