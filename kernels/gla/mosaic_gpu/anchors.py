@@ -1,15 +1,15 @@
 """Gates inside a chunk of 64 tokens, with no exponent that can overflow.
 
-With b the running sum of log_alpha, the weight of key j in output i is exp(b_i - b_j), a sum of the gates between them. It is split at
-an anchor m between the two: exp(b_i - b_m) goes to the query row, exp(b_m - b_j) to the key row, and the products run on tensor cores.
-Every such exponent is a sum of gates, so a 0/1/-1 matrix times the gates gives it exactly (bf16 operands, float32 sums): no cumulative
-sum is differenced.
+With b the running sum of log_alpha, the weight of key j in output i is exp(b_i - b_j), a sum of the gates between
+them. It is split at an anchor m between the two: exp(b_i - b_m) goes to the query row, exp(b_m - b_j) to the key row,
+and the products run on tensor cores. Every such exponent is a sum of gates, so a 0/1/-1 matrix times the gates gives
+it exactly (bf16 operands, float32 sums): no cumulative sum is differenced.
 
-A *level* with half width h cuts the chunk into blocks of 2h and takes the pairs (right half, left half) of each, anchored at the first
-row of the right half: both exponents are <= 0, for any gate. A *bounded* block of 2h rows takes all its pairs at once around the same
-anchor: exponents of either sign, right only while they stay within LIMIT.
+A *level* with half width h cuts the chunk into blocks of 2h and takes the pairs (right half, left half) of each,
+anchored at the first row of the right half: both exponents are <= 0, for any gate. A *bounded* block of 2h rows takes
+all its pairs at once around the same anchor: exponents of either sign, right only while they stay within LIMIT.
 
-    tier 1  no level, one bounded block of 64       the chunk decays by less than LIMIT nats on either side of its middle
+    tier 1  no level, one bounded block of 64       the chunk decays by less than LIMIT on either side of its middle
     tier 2  levels 32, 16, bounded blocks of 16     every 16-row block does
     tier 3  levels 32, 16, 8, 4, 2, 1, diagonal     anything, hard resets (-inf) included
 """
@@ -23,8 +23,8 @@ CHUNK = 64
 LIMIT = 40.0  # nats: exp(2 * LIMIT) times a product of ordinary values stays finite in float32
 FLOOR = -200.0  # nats: exp(FLOOR) is 0 in float32, so gates below it are as good as -inf, and 0 * FLOOR is not NaN
 
-# Rows of `constant_rows`: D of the whole chunk; the depths of pairs; 8 rows that sum the gates through the middle row and 8 that sum the
-# rest; the depths transposed (backward); then D of each level; sums through row i, and after it.
+# Rows of `constant_rows`: D of the whole chunk; the depths of pairs; 8 rows that sum the gates through the middle row
+# and 8 that sum the # rest; the depths transposed (backward); then D of each level; sums through row i, and after it.
 RESIDENT = 144  # forward; the backward keeps 64 more
 DEPTHS, FIRST, SECOND, DEPTHS_T, ANCHORS, PREFIX, SUFFIX = 64, 128, 136, 144, 208, 592, 656
 
@@ -52,9 +52,10 @@ def beyond_limit(exponents: jax.Array) -> jax.Array:
 def constant_rows() -> jax.Array:
     """The matrices that multiply gates, stacked: [720, 64] bf16; the first RESIDENT rows stay in shared memory.
 
-    A matrix for half width h gives (D @ gates)[i] = b_i - b_m, m the middle row of i's block of 2h: >= 0 left of m, <= 0 right of it.
-    The depth of a pair i > j is log2 of the half width of the level that takes it; -1 on the diagonal, 64 above it. (A table, because
-    masks made from iota are hoisted out of the chunk loop by the compiler, and fill the registers.)
+    A matrix for half width h gives (D @ gates)[i] = b_i - b_m, m the middle row of i's block of 2h: >= 0 left of m,
+    <= 0 right of it.
+    The depth of a pair i > j is log2 of the half width of the level that takes it; -1 on the diagonal, 64 above it.
+    (A table, because masks made from iota are hoisted out of the chunk loop by the compiler, and fill the registers.)
     """
     i, t = jnp.arange(64)[:, None], jnp.arange(64)[None]
 
@@ -71,7 +72,8 @@ def constant_rows() -> jax.Array:
 
 
 def document_depths(documents: jax.Array) -> jax.Array:
-    """The depths of pairs and their transpose for each chunk, 64 also where rows are of different documents. [B, T / 64, 2, 64, 64] bf16."""
+    """The depths of pairs and their transpose for each chunk, 64 also where rows are of different documents. [B, T /
+    64, 2, 64, 64] bf16."""
     rows = documents.reshape(documents.shape[0], -1, CHUNK)
     together = rows[..., :, None] == rows[..., None, :]
     return jnp.where(together[:, :, None], jnp.stack([_depths(), _depths().T]), 64.0).astype(BF16)

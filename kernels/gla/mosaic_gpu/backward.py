@@ -1,16 +1,20 @@
 """The backward walk: all gradients of one block of a head in one pass over its chunks, last to first.
 
-The forward leaves the states that enter each chunk (S_hat, in the frame of the chunk's tier), so one kernel sees S and its gradient dS
-together, and nothing but the gradients themselves is written:
+The forward leaves the states that enter each chunk (S_hat, in the frame of the chunk's tier), so one kernel sees S
+and its gradient dS together, and nothing but the gradients themselves is written:
 
-    dq = exp(b) (do S^T + tril(dP) k~)     dk = exp(b_63 - b) (v dS^T) + exp(-b) tril(dP)^T q~     dv = P^T do + (k exp(b_63 - b)) dS
+    dq = exp(b) (do S^T + tril(dP) k~)
+    dk = exp(b_63 - b) (v dS^T) + exp(-b) tril(dP)^T q~
+    dv = P^T do + (k exp(b_63 - b)) dS
 
-with dP = do v^T. The gate at t weighs every pair (i, j) of tokens with j < t <= i, and the closed form sum of (q dq - k dk) over i >= t finds
-them as a difference of large sums. Here they are added up by where i and j lie, so that rounding cannot pile up along the sequence:
+with dP = do v^T. The gate at t weighs every pair (i, j) of tokens with j < t <= i, and the closed form sum of (q dq -
+k dk) over i >= t finds them as a difference of large sums. Here they are added up by where i and j lie, so that
+rounding cannot pile up along the sequence:
 
-    dlog_alpha_t = [both in the chunk] sum over i >= t of (q dq - k dk), operands rounded alike on both sides, the diagonal left out
-                 + [j before the chunk] sum over i >= t of q (do S^T)      + [i after it] sum over j < t of k (v dS^T)
-                 + [j before, i after] exp(b_63) sum over v of S dS
+    dlog_alpha_t = [both in the chunk]      sum over i >= t of (q dq - k dk), rounded alike, the diagonal left out
+                 + [j before the chunk]     sum over i >= t of q (do S^T)
+                 + [i after it]             sum over j < t of k (v dS^T)
+                 + [j before, i after]      exp(b_63) sum over v of S dS
 """
 
 import dataclasses
@@ -57,13 +61,17 @@ class BackwardTiles:
         return self.key_block // 64
 
 
-def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, final_gradient=None, documents=None, interpret=None):
-    """Gradients, summed over nothing: one part per value block (dq, dk, dlog_alpha) or key block (dv), for the caller to add up.
+def backward(
+    q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, final_gradient=None, documents=None, interpret=None
+):
+    """Gradients, summed over nothing: one part per value block (dq, dk, dlog_alpha) or key block (dv), for the caller
+    to add up.
 
     Args:
       q [B, T, H, K], k and log_alpha [B, T, G, K], v [B, T, G, V], do [B, T, H, V]: bf16, as the forward had them.
       states: [B, H, T / 64, K, V] bf16, the chunk states that `forward` saved.
-      final_gradient: [B, H, N, K, V] float32, gradient of the state that leaves each of the N = tiles.segments pieces, or None.
+      final_gradient: [B, H, N, K, V] float32, gradient of the state that leaves each of the N = tiles.segments
+        pieces, or None.
       documents: [B, T] int32 as in `forward`, or None.
 
     Returns:
@@ -111,8 +119,10 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
         class Views:
             """A chunk's tiles in shared memory and its rows in device memory.
 
-            Each `Views` indexes them by a zero read from shared memory, which the compiler cannot see through. It would otherwise compute all
-            addresses once, before the loop over chunks, and fill the registers with them; a fresh `Views` ends the life of the last one's.
+            Each `Views` indexes them by a zero read from shared memory, which the compiler cannot see through. It
+            would otherwise compute all
+            addresses once, before the loop over chunks, and fill the registers with them; a fresh `Views` ends the
+            life of the last one's.
             """
 
             def __init__(self, step):
@@ -121,7 +131,12 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
                 tiles = {name: ref.at[zero] for name, ref in tiles_s.items()}
                 self.q, self.k, self.v, self.do = (tiles[name] for name in ("q", "k", "v", "do"))
                 self.S, self.dS, self.constants = (tiles[name] for name in ("S", "dS", "constants"))
-                self.q_own, self.k_own, self.g_own, self.g = self.q.at[:, own], self.k.at[:, own], tiles["g"].at[w], tiles["g"]
+                self.q_own, self.k_own, self.g_own, self.g = (
+                    self.q.at[:, own],
+                    self.k.at[:, own],
+                    tiles["g"].at[w],
+                    tiles["g"],
+                )
                 self.out_q, self.out_k, self.limb = (tiles["out"].at[w, n] for n in range(3))
 
             def raw_q(self):
@@ -165,7 +180,9 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
         @pl.when(w == 0)
         def _():
             zero_s[0] = jnp.int32(0)
-            plgpu.copy_gmem_to_smem(constants_g.at[pl.ds(0, RESIDENT + 64)], tiles_s["constants"].at[0], constants_arrived)
+            plgpu.copy_gmem_to_smem(
+                constants_g.at[pl.ds(0, RESIDENT + 64)], tiles_s["constants"].at[0], constants_arrived
+            )
 
         plgpu.barrier_wait(constants_arrived)
         plgpu.commit_smem()
@@ -183,7 +200,8 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
                 document = opens
 
                 def of(chosen):
-                    """Keeps the rows of one document. (Factors, not selects: layouts of selects are searched for without end.)"""
+                    """Keeps the rows of one document. (Factors, not selects: layouts of selects are searched for
+                    without end.)"""
 
                     def keep(x):
                         rows = jnp.where(load(documents_s, ROW) == chosen, 1.0, 0.0)
@@ -311,7 +329,8 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
             return dS, document
 
         def hard_chunk(step, dS, diagonal, of_first, of_last):
-            """Tiers 2 and 3: P^T, the parts of the gate gradient and dS; dq and dk to their buffers; q, k, dS_s as the rest expects them."""
+            """Tiers 2 and 3: P^T, the parts of the gate gradient and dS; dq and dk to their buffers; q, k, dS_s as
+            the rest expects them."""
             parked_g.at[program, own][...] = dS
             meet(barrier)
             v = Views(step)
@@ -410,17 +429,17 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
     of_keys = jax.ShapeDtypeStruct((value_blocks, B, T, H, K), BF16)
     out_type = [of_keys, of_keys, of_keys, jax.ShapeDtypeStruct((key_blocks, B, T, H, V), BF16)]
     out_type += [jax.ShapeDtypeStruct((B, H, N, K, V), F32), jax.ShapeDtypeStruct((programs, KB, VB), F32)]
-    tiles_s = dict(
-        q=shared((1, CHUNK, KB)),
-        k=shared((1, CHUNK, KB)),
-        v=shared((1, CHUNK, VB)),
-        g=shared((1, W, CHUNK, 64)),
-        do=shared((1, CHUNK, VB)),
-        S=shared((1, KB, VB)),
-        dS=shared((1, KB, VB)),
-        out=shared((1, W, 3, CHUNK, 64)),
-        constants=shared((1, RESIDENT + 64, 64)),
-    )
+    tiles_s = {
+        "q": shared((1, CHUNK, KB)),
+        "k": shared((1, CHUNK, KB)),
+        "v": shared((1, CHUNK, VB)),
+        "g": shared((1, W, CHUNK, 64)),
+        "do": shared((1, CHUNK, VB)),
+        "S": shared((1, KB, VB)),
+        "dS": shared((1, KB, VB)),
+        "out": shared((1, W, 3, CHUNK, 64)),
+        "constants": shared((1, RESIDENT + 64, 64)),
+    }
     scratch = [
         tiles_s,
         plgpu.SMEM((1,), jnp.int32),
@@ -443,6 +462,6 @@ def backward(q, k, v, log_alpha, do, states, *, scale, tiles: BackwardTiles, fin
         num_threads=W,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        **(dict(interpret=interpret) if interpreted else {}),
+        **({"interpret": interpret} if interpreted else {}),
     )(*operands)
     return dq, dk, dg, dv, initial

@@ -1,12 +1,13 @@
-"""The forward walk: one block per (batch, head, value block, segment of the sequence), state in registers, one pass over its chunks.
+"""The forward walk: a block per (batch, head, value block, piece of the sequence), one pass, state in registers.
 
 Per chunk of 64 tokens (equations of kernels/gla/chunked.py, anchors of anchors.py):
 
     o  = (q exp(b)) S + tril(P) v          S' = exp(b_63) S + (k exp(b_63 - b))^T v
 
-In tier 1 q and k are gated once, around the middle anchor m, and serve every product: the state is kept in the same frame by
-S_hat = exp(b_m) S, so that S' = exp(b_63 - b_m) (S_hat + k~^T v) costs one multiply of the state and no further exponentials.
-S_hat in bf16 is also what the backward needs of the forward, so it can be written out from shared memory as it stands.
+In tier 1 q and k are gated once, around the middle anchor m, and serve every product: the state is kept in the same
+frame by S_hat = exp(b_m) S, so that S' = exp(b_63 - b_m) (S_hat + k~^T v) costs one multiply of the state and no
+further exponentials. S_hat in bf16 is also what the backward needs of the forward, so it can be written out from
+shared memory as it stands.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ from .anchors import (
     in_right_half,
     level_pairs,
 )
-from .warpgroup import BF16, COLUMN, F32, ROW, WGMMA, Products, along_columns, along_rows, load, meet, shared
+from .warpgroup import BF16, COLUMN, F32, ROW, WGMMA, Products, along_columns, along_rows, load, meet, pin, shared
 
 TILE = (64, 64)
 
@@ -48,19 +49,33 @@ class ForwardTiles:
     segments: int = 1  # pieces of the sequence walked side by side, each from its own initial state
 
 
-def forward(q, k, v, log_alpha, *, scale, tiles: ForwardTiles, initial_state=None, documents=None, save_states=False, interpret=None):
+def forward(
+    q,
+    k,
+    v,
+    log_alpha,
+    *,
+    scale,
+    tiles: ForwardTiles,
+    initial_state=None,
+    documents=None,
+    save_states=False,
+    interpret=None,
+):
     """o, final states and (on request) the states that enter each chunk.
 
     Args:
       q: [B, T, H, K] bf16, T a multiple of 64 * tiles.segments; K 64, 128 or 256.
       k, log_alpha: [B, T, G, K] bf16. v: [B, T, G, V] bf16, V a multiple of tiles.value_block.
       scale: multiplies q.
-      initial_state: [B, H, N, K, V] float32, the state that enters each of the N = tiles.segments pieces, or None for zero.
+      initial_state: [B, H, N, K, V] float32, the state that enters each of the N = tiles.segments pieces, or None for
+        zero.
       documents: [B, T] int32, a number that changes, and never comes back, where the state restarts; or None.
-      save_states: also return the states entering each chunk, [B, H, T / 64, K, V] bf16, in the frame that the chunk's tier uses.
+      save_states: also return the states entering each chunk, [B, H, T / 64, K, V] bf16, in the frame that the
+        chunk's tier uses.
 
     Returns:
-      o [B, T, H, V] bf16, final_state [B, H, K, V] float32, and the chunk states or None.
+      o [B, T, H, V] bf16, the state that leaves each piece, [B, H, N, K, V] float32, and the chunk states or None.
     """
     B, T, H, K = q.shape
     G, V = v.shape[2:]
@@ -126,7 +141,8 @@ def forward(q, k, v, log_alpha, *, scale, tiles: ForwardTiles, initial_state=Non
             slot = lax.rem(step, stages)
             q_c, k_c, v_c, g_c = q_s.at[slot], k_s.at[slot], v_s.at[slot], g_s.at[slot]
             plgpu.barrier_wait(arrived.at[slot])
-            # A zero that the compiler cannot see through: what it indexes is not hoisted out of the loop into scarce registers.
+            # A zero that the compiler cannot see through: what it indexes is not hoisted out of the loop into scarce
+            # registers.
             zero = zero_s[0]
             S_s, constants = states_s.at[zero], constants_s.at[zero]
             depths = lambda: load(constants.at[pl.ds(DEPTHS, 64)]).astype(F32)
@@ -162,19 +178,23 @@ def forward(q, k, v, log_alpha, *, scale, tiles: ForwardTiles, initial_state=Non
 
             def tier_1():
                 P = jnp.where(bounded_pairs(depths(), 6), product(q_c, k_c.T, TILE), 0.0)
-                return (P.astype(BF16), *S, *before, *(totals(c, SECOND) for c in slices))
+                return (pin(P.astype(BF16)), *S, *before, *(totals(c, SECOND) for c in slices))
 
             def tiers_2_and_3():
                 P, kept = hard_chunk(step, S, S_s, depths, q_c, k_c, g_c)
                 whole = [totals(c, FIRST) * totals(c, SECOND) for c in slices]
-                return (P.astype(BF16), *kept, *whole, *(jnp.ones_like(x) for x in whole))
+                return (P, *kept, *whole, *(jnp.ones_like(x) for x in whole))
 
             P, *rest = lax.cond(within, tier_1, tiers_2_and_3)
             n = len(slices)
             S, before, after = rest[:n], rest[n : 2 * n], rest[2 * n :]
 
             if packed:
-                P = jnp.where(along_rows(own_document, TILE) == along_columns(load(documents_s.at[slot], COLUMN), TILE), P, jnp.zeros((), BF16))
+                P = jnp.where(
+                    along_rows(own_document, TILE) == along_columns(load(documents_s.at[slot], COLUMN), TILE),
+                    P,
+                    jnp.zeros((), BF16),
+                )
                 before = [x * (opens == closes).astype(F32) for x in before]
 
             if saved_g is not None:
@@ -217,7 +237,8 @@ def forward(q, k, v, log_alpha, *, scale, tiles: ForwardTiles, initial_state=Non
             return tuple(moved), document
 
         def hard_chunk(step, S, S_s, depths, q_c, k_c, g_c):
-            """Tiers 2 and 3: P and the state, with q_c and k_c gated from the chunk's start and to its end, and S_s the state itself."""
+            """Tiers 2 and 3: P and the state, with q_c and k_c gated from the chunk's start and to its end, and S_s
+            the state itself."""
             for c, s in zip(slices, S, strict=True):  # the state waits in device memory: the registers are needed here
                 parked_g.at[program, mine(c)][...] = s
             rows = pl.ds((first + step) * CHUNK, CHUNK)
@@ -258,7 +279,7 @@ def forward(q, k, v, log_alpha, *, scale, tiles: ForwardTiles, initial_state=Non
                     q_c.at[:, mine(c)][...] = (jnp.where(right, raw_q(c), raw_k(c)) * e).astype(BF16)
                 plgpu.commit_smem()
                 meet(barrier)
-                P = P + jnp.where(level_pairs(depths(), (5 - i).astype(F32)), product(q_c, q_c.T, TILE), 0.0)
+                P = pin(P + jnp.where(level_pairs(depths(), (5 - i).astype(F32)), product(q_c, q_c.T, TILE), 0.0))
                 meet(barrier)
                 return P
 
@@ -268,7 +289,11 @@ def forward(q, k, v, log_alpha, *, scale, tiles: ForwardTiles, initial_state=Non
 
             P = lax.fori_loop(0, levels, level, plgpu.layout_cast(jnp.zeros(TILE, F32), WGMMA))
             gate(around_middle)
-            P = P + jnp.where(bounded_pairs(depths(), (6 - levels).astype(F32)), product(q_c, k_c.T, TILE), 0.0)
+            P = pin(
+                (
+                    P + jnp.where(bounded_pairs(depths(), (6 - levels).astype(F32)), product(q_c, k_c.T, TILE), 0.0)
+                ).astype(BF16)
+            )
             meet(barrier)
             gate(lambda gates: (product(matrix(PREFIX), gates, TILE), product(matrix(SUFFIX), gates, TILE)))
             S = tuple(load(parked_g.at[program, mine(c)], optimized=False) for c in slices)
@@ -279,20 +304,20 @@ def forward(q, k, v, log_alpha, *, scale, tiles: ForwardTiles, initial_state=Non
             return P, S
 
         if has_state:
-            S = tuple(plgpu.load(state_g.at[b, h, piece, mine(c), columns], layout=WGMMA, optimized=False) for c in slices)
+            S = tuple(
+                plgpu.load(state_g.at[b, h, piece, mine(c), columns], layout=WGMMA, optimized=False) for c in slices
+            )
         else:
             S = tuple(plgpu.layout_cast(jnp.zeros((64, VB), F32), WGMMA) for _ in slices)
         document = documents_g[b, jnp.maximum(first * CHUNK - 1, 0)] if packed else jnp.int32(0)
         S, _ = lax.fori_loop(0, steps, chunk, (S, document))
 
-        @pl.when(piece == N - 1)
-        def _():
-            for c, s in zip(slices, S, strict=True):
-                final_g.at[b, h, mine(c), columns][...] = s
+        for c, s in zip(slices, S, strict=True):
+            final_g.at[b, h, piece, mine(c), columns][...] = s
 
         plgpu.wait_smem_to_gmem(0)
 
-    out_type = [jax.ShapeDtypeStruct((B, T, H, V), BF16), jax.ShapeDtypeStruct((B, H, K, V), F32)]
+    out_type = [jax.ShapeDtypeStruct((B, T, H, V), BF16), jax.ShapeDtypeStruct((B, H, N, K, V), F32)]
     out_type.append(jax.ShapeDtypeStruct((B * H * N * blocks, K, VB), F32))  # where states are parked
     if save_states:
         out_type.append(jax.ShapeDtypeStruct((B, H, T // CHUNK, K, V), BF16))
@@ -325,7 +350,7 @@ def forward(q, k, v, log_alpha, *, scale, tiles: ForwardTiles, initial_state=Non
         num_threads=W,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        **(dict(interpret=interpret) if interpreted else {}),
+        **({"interpret": interpret} if interpreted else {}),
     )(*operands)
     o, final_state, _, *states = outputs
     return o, final_state, (states[0] if save_states else None)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ..partition import shard_over_batch_and_heads
+from . import pieces
 from .anchors import CHUNK
 from .backward import backward
 from .forward import forward
@@ -18,11 +19,15 @@ def unsupported(q, k, v, log_alpha, *, initial_state, segment_ids, return_final_
     """Why this implementation cannot run the call, naming the argument; None when it can."""
     for name, x in (("q", q), ("k", k), ("v", v), ("log_alpha", log_alpha)):
         if x.dtype not in (jnp.bfloat16, jnp.float16):
-            return f"{name} is {x.dtype.name}; the Hopper kernels take bfloat16 and float16 (their products are bfloat16)"
+            return (
+                f"{name} is {x.dtype.name}; the Hopper kernels take bfloat16 and float16 (their products are bfloat16)"
+            )
     if q.shape[-1] > 256:
         return f"q has K = {q.shape[-1]} key channels; the Hopper kernels take up to 256"
     if platform != "gpu":
-        return f"q is on platform {platform!r}; the Hopper kernels run on NVIDIA GPUs of compute capability {CAPABILITY}"
+        return (
+            f"q is on platform {platform!r}; the Hopper kernels run on NVIDIA GPUs of compute capability {CAPABILITY}"
+        )
     capability = getattr(jax.devices("gpu")[0], "compute_capability", None)
     if capability != CAPABILITY:
         return f"the GPU has compute capability {capability}; the Hopper kernels are compiled for {CAPABILITY}"
@@ -32,8 +37,9 @@ def unsupported(q, k, v, log_alpha, *, initial_state, segment_ids, return_final_
 def gated_linear_attention(
     q, k, v, log_alpha, *, scale, initial_state=None, segment_ids=None, return_final_state=False, interpret=None
 ):
-    """`kernels.gated_linear_attention` by the Hopper kernels; `interpret` runs them in Pallas' interpreter, on any device."""
-    (B, T, H, K), V, dtype = q.shape, v.shape[-1], v.dtype
+    """`kernels.gated_linear_attention` by the Hopper kernels; `interpret` runs them in Pallas' interpreter, on any
+    device."""
+    (_, T, _, K), V, dtype = q.shape, v.shape[-1], v.dtype
     padded_K, padded_V = padded_widths(K, V)
     padded_T = -(-T // CHUNK) * CHUNK
 
@@ -45,7 +51,9 @@ def gated_linear_attention(
     if state is not None:
         state = jnp.pad(state, ((0, 0), (0, 0), (0, padded_K - K), (0, padded_V - V)))
     documents = None
-    if segment_ids is not None:  # numbers that do not come back, so that equal means connected; the padding joins the last document
+    if (
+        segment_ids is not None
+    ):  # numbers that do not come back, so that equal means connected; the padding joins the last document
         documents = jnp.cumsum(jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0, axis=1, dtype=jnp.int32)
         documents = jnp.pad(documents, ((0, 0), (0, padded_T - T)), mode="edge")
     o, final_state = _attend(
@@ -80,10 +88,14 @@ def _attend_backward(scale, return_final_state, interpret, residuals, cotangents
     def run(q, k, v, log_alpha, do, states, *rest):
         rest = list(rest)
         final_gradient = rest.pop(0)[:, :, None] if return_final_state else None
-        dq, dk, dg, dv, d_initial = backward(
-            q, k, v, log_alpha, do, states, scale=scale, tiles=backward_tiles(q.shape, v.shape),
-            final_gradient=final_gradient, documents=rest.pop(0) if rest else None, interpret=interpret,
-        )  # fmt: skip
+        documents = rest.pop(0) if rest else None
+        tiles = backward_tiles(q.shape, v.shape)
+        walk = functools.partial(
+            backward, q, k, v, log_alpha, do, states, scale=scale, tiles=tiles, documents=documents, interpret=interpret
+        )
+        if tiles.segments > 1:
+            final_gradient = pieces.leaving_gradients(walk()[-1], final_gradient, log_alpha, documents)
+        dq, dk, dg, dv, d_initial = walk(final_gradient=final_gradient)
         G = k.shape[2]
         return _summed(dq, q.shape[2]), _summed(dk, G), _summed(dv, G), _summed(dg, G), d_initial[:, :, 0]
 
@@ -106,11 +118,15 @@ def _forward(scale, interpret, save_states, q, k, v, log_alpha, state, documents
     def run(q, k, v, log_alpha, *rest):
         rest = list(rest)
         initial_state = rest.pop(0)[:, :, None] if state is not None else None
-        outputs = forward(
-            q, k, v, log_alpha, scale=scale, tiles=forward_tiles(q.shape, v.shape), initial_state=initial_state,
-            documents=rest.pop(0) if rest else None, save_states=save_states, interpret=interpret,
-        )  # fmt: skip
-        return outputs if save_states else outputs[:2]
+        documents = rest.pop(0) if rest else None
+        tiles = forward_tiles(q.shape, v.shape)
+        walk = functools.partial(
+            forward, q, k, v, log_alpha, scale=scale, tiles=tiles, documents=documents, interpret=interpret
+        )
+        if tiles.segments > 1:
+            initial_state = pieces.entering_states(walk()[1], initial_state, log_alpha, documents)
+        o, leaving, states = walk(initial_state=initial_state, save_states=save_states)
+        return (o, leaving[:, :, -1], states) if save_states else (o, leaving[:, :, -1])
 
     outputs = ["B T H V", "B H K V"] + (["B H C K V"] if save_states else [])
     o, final_state, *states = _sharded(run, names, outputs, interpret)(*arrays)
@@ -125,6 +141,6 @@ def _sharded(run, inputs, outputs, interpret):
 def _summed(parts, heads):
     """[blocks, B, T, H, d], a part per block of the other width and per query head, to [B, T, heads, d]."""
     blocks, B, T, H, d = parts.shape
-    if blocks == 1 and H == heads:
+    if blocks == 1 and heads == H:
         return parts[0]
     return parts.reshape(blocks, B, T, heads, H // heads, d).sum((0, 4), dtype=jnp.float32).astype(parts.dtype)

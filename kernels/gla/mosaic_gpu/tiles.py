@@ -1,7 +1,10 @@
 """Tile choices by shape: no tuning at run time. The figures behind them are in README.md."""
 
+from .anchors import CHUNK
 from .backward import BackwardTiles
 from .forward import ForwardTiles
+
+MULTIPROCESSORS = 132  # of an H100 or H200
 
 
 def padded_widths(key_width: int, value_width: int) -> tuple[int, int]:
@@ -12,13 +15,23 @@ def padded_widths(key_width: int, value_width: int) -> tuple[int, int]:
 
 
 def forward_tiles(q_shape, v_shape) -> ForwardTiles:
-    """Blocks of 128 values where the state's registers allow it, and as many chunks in flight as shared memory does."""
-    K, V = q_shape[-1], v_shape[-1]
-    if K == 256:
-        return ForwardTiles(value_block=64, warpgroups=2, stages=1)
-    return ForwardTiles(value_block=min(V, 128), warpgroups=K // 64, stages=2)
+    """Blocks of 128 values, and as many chunks in flight as shared memory holds."""
+    (B, T, H, K), V = q_shape, v_shape[-1]
+    block = min(V, 128)
+    pieces = _pieces(B * H * (V // block), T)
+    return ForwardTiles(block, warpgroups=min(K // 64, 2), stages=1 if K == 256 else 2, segments=pieces)
 
 
 def backward_tiles(q_shape, v_shape) -> BackwardTiles:
     """Blocks of 128 x 128 channels: as much of a state and its gradient as one block of threads holds."""
-    return BackwardTiles(key_block=min(q_shape[-1], 128), value_block=min(v_shape[-1], 128))
+    (B, T, H, K), V = q_shape, v_shape[-1]
+    key_block, value_block = min(K, 128), min(V, 128)
+    return BackwardTiles(key_block, value_block, segments=_pieces(B * H * (K // key_block) * (V // value_block), T))
+
+
+def _pieces(walks: int, length: int) -> int:
+    """Into how many pieces to cut sequences that give too few walks to fill the card; each costs its tokens twice."""
+    pieces, chunks = 1, length // CHUNK
+    while walks * pieces * 2 <= 2 * MULTIPROCESSORS and chunks % (pieces * 2) == 0 and chunks // (pieces * 2) >= 8:
+        pieces *= 2
+    return pieces if walks * 2 <= MULTIPROCESSORS else 1

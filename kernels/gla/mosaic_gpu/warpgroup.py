@@ -1,7 +1,8 @@
 """Idioms of one warpgroup: tiled shared memory, matrix products, meeting points.
 
-Everything here works on [64, n] register arrays in the layout that `wgmma` accumulates in, and on shared-memory refs tiled so that
-`wgmma` and TMA both read them. `Interpreted` products stand in where the Pallas interpreter lacks an operand form of the hardware.
+Everything here works on [64, n] register arrays in the layout that `wgmma` accumulates in, and on shared-memory refs
+tiled so that `wgmma` and TMA both read them. `Products` also stands in for operand forms of
+the hardware that the Pallas interpreter lacks.
 """
 
 import dataclasses
@@ -50,7 +51,7 @@ def along_columns(row: jax.Array, shape) -> jax.Array:
 
 
 def pin(x: jax.Array) -> jax.Array:
-    """x, computed here: the compiler would put the arithmetic off to its last use and keep every operand in registers until then."""
+    """x, computed here: the compiler would put arithmetic off to its last use, and keep every operand until then."""
     return lax.optimization_barrier(x)
 
 
@@ -65,7 +66,8 @@ def meet(barrier) -> None:
 class Products:
     """Matrix products of one warpgroup.
 
-    `wgmma` takes its left operand from registers and adds to accumulators that hold a value; the interpreter does neither, so there
+    `wgmma` takes its left operand from registers and adds to accumulators that hold a value; the interpreter does
+    neither, so there
     the operand goes through `spare` (shared memory of this warpgroup, [64, 64] bf16) and the sum is made afterwards.
     """
 
