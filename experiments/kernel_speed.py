@@ -10,7 +10,7 @@ markdown table, and a plot like Figure 2.
 
 Time is the median over rounds in which all implementations take turns. Forward + backward returns o and every gradient
 for a given do. Memory is temporaries and outputs, from the compiled program's own account (for fla: torch's peak).
-The floor reads each input once and writes each output once, at the device's copy speed: known, or measured in the run.
+The floor reads each input once and writes each output once, at the copy speed: the known one, or as measured.
 Errors are relative RMS, of a row's first tokens of one head, against the recurrence in float64 on the same inputs.
 """
 
