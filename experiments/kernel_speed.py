@@ -182,8 +182,8 @@ def medians_ms(runs: dict[Any, Callable], rounds: int) -> dict[Any, float]:
 def copy_bytes_per_second(rounds: int) -> float:
     """Bytes read and written per second by one pass over a large array.
 
-    Where the device's own copy is known it counts: an elementwise pass of XLA's reached 2.2 to 2.5 TB/s on the H200, and
-    a floor at that speed would flatter.
+    Where the device's own copy is known it counts: an elementwise pass of XLA's reached 2.2 to 2.5 TB/s on the H200,
+    and a floor at that speed would flatter.
     """
     if known := COPY_BYTES_PER_SECOND.get(jax.devices()[0].device_kind):
         return known
