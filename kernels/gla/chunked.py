@@ -201,6 +201,9 @@ class _Products:
         self.dtype = jnp.bfloat16 if all(x.dtype == jnp.bfloat16 for x in inputs) else jnp.float32
 
     def operand(self, x):
+        """x in the operands' dtype. Rounded first: XLA may drop a cast there and back, and uses must round alike."""
+        if self.dtype == jnp.bfloat16 and x.dtype == jnp.float32:
+            x = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
         return x.astype(self.dtype)
 
     def __call__(self, equation, x, y):
