@@ -93,7 +93,7 @@ def backward(
         q_g, k_g, v_g, g_g, do_g, states_g, constants_g = refs[:7]
         del refs[:7]
         final_g = refs.pop(0) if has_final else None
-        documents_g, depths_g = (refs.pop(0), refs.pop(0)) if packed else (None, None)
+        documents_g, depths_g, goes_on_g = (refs.pop(0), refs.pop(0), refs.pop(0)) if packed else (None, None, None)
         dq_g, dk_g, dg_g, dv_g, initial_g, parked_g = refs[:6]
         del refs[:6]
         tiles_s, zero_s, worst, through_s, arrived, constants_arrived, met, *rest = refs
@@ -288,6 +288,9 @@ def backward(
                 lambda: dg,
                 lambda: jnp.where(load(g_g.at[b, v.rows, g, own_keys], optimized=False).astype(F32) > FLOOR, dg, 0.0),
             )
+            if packed:  # no pair spans a gate between documents: what is left there is rounding
+                goes_on = load(goes_on_g.at[b, v.rows], ROW, optimized=False)
+                dg = dg * plgpu.layout_cast(along_rows(goes_on, TILE), WGMMA)
             v.g_own[...] = dg.astype(BF16)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(v.g_own, dg_g.at[vb, b, v.rows, h, own_keys])
@@ -452,7 +455,9 @@ def backward(
     scratch += [plgpu.SMEM((CHUNK,), jnp.int32)] if packed else []
     scratch += [shared((W, 64, 64))] if interpreted else []
     operands = [q, k, v, log_alpha, do, states, constant_rows()] + ([final_gradient] if has_final else [])
-    operands += [documents, document_depths(documents)] if packed else []
+    if packed:
+        goes_on = jnp.diff(documents, axis=1, prepend=documents[:, :1]) == 0
+        operands += [documents, document_depths(documents), goes_on.astype(F32)]
     dq, dk, dg, dv, initial, _ = plgpu.kernel(
         kernel,
         out_type=out_type,

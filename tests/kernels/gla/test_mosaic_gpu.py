@@ -165,7 +165,6 @@ def test_segments_are_exactly_apart(gla, run, gates):
     assert not np.any(outputs["dinitial_state"])
 
 
-@pytest.mark.xfail(strict=True, reason="q dq and k dk are rounded before they cancel where a segment starts")
 def test_gates_that_start_segments_have_no_gradient(gla, run):
     inputs = make_inputs(gla, "grouped", "mild", "sorted")
     ids = np.asarray(inputs.segment_ids)
