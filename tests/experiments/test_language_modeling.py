@@ -26,6 +26,7 @@ def tiny(tmp_path, monkeypatch):
         "data.sequence-length": 64,
         "data.batch-size": 8,
         "steps": 4,
+        "optimizer.learning-rate": 0.002,
         "sample-tokens": 0,
     }
     return [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
@@ -129,5 +130,5 @@ def test_a_run_of_another_config_is_kept(tiny, tmp_path, capfd):
     before = {path: path.read_bytes() for path in tmp_path.joinpath("runs").rglob("*") if path.is_file()}
     assert main([*tiny, "--optimizer.learning-rate", "1", "--seed", "7"]) == 2
     error = capfd.readouterr().err.splitlines()[-1]
-    assert "optimizer.learning_rate is 0.004 there and 1.0 here; seed is 0 there and 7 here" in error
+    assert "optimizer.learning_rate is 0.002 there and 1.0 here; seed is 0 there and 7 here" in error
     assert before == {path: path.read_bytes() for path in tmp_path.joinpath("runs").rglob("*") if path.is_file()}

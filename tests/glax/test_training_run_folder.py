@@ -61,6 +61,11 @@ def test_atomic_write_leaves_no_other_file(tmp_path):
 
 def test_many_skipped_steps_stop_the_run(tiny_config, tmp_path):
     config = tiny_config(max_skipped_steps=3, optimizer=OptimizerConfig(learning_rate=float("inf"), warmup_steps=0))
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, num_layers=1),
+        data=dataclasses.replace(config.data, sequence_length=64),
+    )
     with pytest.raises(UserError, match="3 steps in a row, up to step 4, had a loss or gradient that is not finite"):
         train(config, tmp_path / "run", devices=jax.devices()[:1], quiet=True)
     records = [record for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if "skipped_steps" in record]
