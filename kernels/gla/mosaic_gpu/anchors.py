@@ -29,9 +29,9 @@ RESIDENT = 144  # forward; the backward keeps 64 more
 DEPTHS, FIRST, SECOND, DEPTHS_T, ANCHORS, PREFIX, SUFFIX = 64, 128, 136, 144, 208, 592, 656
 
 
-def in_right_half(half, shape=(64, 64)) -> jax.Array:
+def in_right_half(half) -> jax.Array:
     """Rows in the right half of their block of 2 * half."""
-    return (iota(0, shape) & half) != 0
+    return (iota(0) & half) != 0
 
 
 def level_pairs(depths: jax.Array, half_log2) -> jax.Array:

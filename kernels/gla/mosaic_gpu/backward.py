@@ -43,9 +43,7 @@ from .anchors import (
     in_right_half,
     level_pairs,
 )
-from .warpgroup import BF16, COLUMN, F32, ROW, WGMMA, Products, along_columns, along_rows, load, meet, pin, shared
-
-TILE = (64, 64)
+from .warpgroup import BF16, COLUMN, F32, ROW, TILE, WGMMA, Products, along_columns, along_rows, load, meet, pin, shared
 
 
 @dataclasses.dataclass(frozen=True)

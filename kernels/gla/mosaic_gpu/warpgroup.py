@@ -17,6 +17,7 @@ WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)  # one value per row of a [64, n] array
 COLUMN = WGMMA.reduce(0)  # one value per column
 BF16, F32 = jnp.bfloat16, jnp.float32
+TILE = (64, 64)  # rows of a chunk by key channels of a warpgroup, and tokens by tokens
 SWIZZLE = 128  # bytes; a tile of shared memory is 8 rows of 64 bf16
 
 
