@@ -1,0 +1,80 @@
+"""What every operator's entry does: name a wrong argument, find the platform, choose the implementation.
+
+An operator's table of implementations maps names to modules, fastest first; a module is imported when asked for. Each
+has a function named like the operator, which takes its arguments checked and brings its own derivative and sharding;
+and `unsupported`, which takes the same arguments and the platform, and gives None or a sentence that says which
+argument it cannot run and why.
+"""
+
+import importlib
+import math
+from types import ModuleType
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)  # float64, under x64, makes "reference" the oracle
+
+
+class Choice(NamedTuple):
+    """What a call would run, and why not each faster implementation."""
+
+    implementation: str
+    passed_over: dict[str, str]
+
+
+def choose(implementations: dict[str, str], *arrays, **options) -> Choice:
+    """The first implementation that supports the call."""
+    passed_over = {}
+    for name, module in implementations.items():
+        reason = importlib.import_module(module).unsupported(*arrays, **options, platform=platform_of(arrays[0]))
+        if reason is None:
+            return Choice(name, passed_over)
+        passed_over[name] = reason
+    raise AssertionError("the last implementation supports every call")
+
+
+def module_for(implementation: str | None, implementations: dict[str, str], *arrays, **options) -> ModuleType:
+    """The module of the named implementation, or of the chosen one; raises where the named one cannot run the call."""
+    if implementation is None:
+        implementation = choose(implementations, *arrays, **options).implementation
+    elif implementation not in implementations:
+        raise ValueError(f"implementation: got {implementation!r}, wanted None or one of {', '.join(implementations)}")
+    else:
+        module = importlib.import_module(implementations[implementation])
+        if reason := module.unsupported(*arrays, **options, platform=platform_of(arrays[0])):
+            raise NotImplementedError(f"implementation {implementation!r} cannot run this call: {reason}")
+    return importlib.import_module(implementations[implementation])
+
+
+def platform_of(x) -> str:
+    """ "gpu", "cpu" or "tpu": where x lies, or where a traced computation will run by default."""
+    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+        return next(iter(x.devices())).platform
+    device = jax.config.jax_default_device
+    return getattr(device, "platform", device) or jax.default_backend()
+
+
+def checked_scale(scale, key_width: int) -> float:
+    """K^-0.5 for None, else a finite Python number as a float."""
+    if scale is None:
+        return key_width**-0.5
+    if isinstance(scale, jax.Array) or not math.isfinite(scale):
+        raise ValueError(f"scale: got {scale!r}, wanted None or a finite Python number (multiply q by a traced one)")
+    return float(scale)
+
+
+def check_array(name: str, x, axes: str, sizes: dict[str, int], dtype=None) -> None:
+    """Check that x has these axes, at the sizes known so far (new ones are added), and `dtype`, or any float's."""
+    wanted = "[" + ", ".join(f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in axes.split()) + "]"
+    known = dict(zip(axes.split(), x.shape, strict=False)) | sizes
+    if tuple(x.shape) != tuple(known.get(axis) for axis in axes.split()):
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, wanted {wanted}")
+    if min(x.shape) < 1:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, wanted every axis of {wanted} to be at least 1")
+    sizes.update(known)
+    if dtype is not None and x.dtype != dtype:
+        raise ValueError(f"{name}: got dtype {x.dtype}, wanted {jnp.dtype(dtype)}")
+    if dtype is None and x.dtype not in FLOATS:
+        raise ValueError(f"{name}: got dtype {x.dtype}, wanted bfloat16, float16 or float32")
