@@ -2,6 +2,17 @@
 
 from .cross_entropy import softmax_cross_entropy
 from .gla import gated_linear_attention, gated_linear_attention_step
+from .retention import retention, retention_step
+from .selective_scan import selective_scan, selective_scan_step
 from .short_conv import short_convolution
 
-__all__ = ["gated_linear_attention", "gated_linear_attention_step", "short_convolution", "softmax_cross_entropy"]
+__all__ = [
+    "gated_linear_attention",
+    "gated_linear_attention_step",
+    "retention",
+    "retention_step",
+    "selective_scan",
+    "selective_scan_step",
+    "short_convolution",
+    "softmax_cross_entropy",
+]

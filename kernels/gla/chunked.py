@@ -54,7 +54,7 @@ def _attend(chunk, scale, q, k, v, log_alpha, initial_state, starts):
     batch, length, heads, key_width = q.shape
     groups, value_width = v.shape[2:]
     count = -(-length // chunk)
-    product = _Products(q, k, v)
+    product = Products(q, k, v)
     q_chunks, k_chunks, v_chunks, gates, _ = _chunks(q, k, v, log_alpha, starts, chunk, count)
     q_in, k_out, decay = _across_chunks(scale, q_chunks, k_chunks, gates, product)
     p = _intra_weights(scale, q_chunks, k_chunks, gates, product)
@@ -81,7 +81,7 @@ def _attend_backward(chunk, scale, inputs, cotangents):
     batch, length, heads, key_width = q.shape
     groups, value_width = v.shape[2:]
     outer, inner = _nesting(-(-length // chunk))
-    product = _Products(q, k, v)
+    product = Products(q, k, v)
     q_chunks, k_chunks, v_chunks, gates, segments = _chunks(q, k, v, log_alpha, starts, chunk, outer * inner)
     do_chunks = _chunked(do, chunk, outer * inner, groups)
     q_in, k_out, decay = _across_chunks(scale, q_chunks, k_chunks, gates, product)
@@ -194,7 +194,7 @@ def _intra_gradients(scale, q, k, v, gates, do, product):
     return product.operand(p), dq, dk, d_exponents
 
 
-class _Products:
+class Products:
     """Products with float32 sums: operands bfloat16 when all inputs are, else float32 in full precision."""
 
     def __init__(self, *inputs):

@@ -1,0 +1,164 @@
+"""What the shared suite runs on: the implementations, the cases, and a float64 oracle that shares no code with them."""
+
+import dataclasses
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+IMPLEMENTATIONS = ["reference", "xla"]
+
+# Relative RMS error against the oracle on the same inputs: forward, gradients.
+TOLERANCES = {"float32": (5e-6, 2e-5), "bfloat16": (4e-3, 5e-3)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Shapes are few and fixed, so that each compiles once; everything else is drawn."""
+
+    batch: int
+    length: int
+    heads: int
+    key_width: int
+    value_width: int
+    segments: bool
+    state: bool
+    fixed: bool  # a decay of each head, not of each token
+
+
+CASES = {
+    "token": Case(1, 1, 1, 1, 1, segments=False, state=True, fixed=False),
+    "plain": Case(1, 200, 2, 16, 8, segments=False, state=False, fixed=True),
+    "full": Case(2, 130, 3, 8, 16, segments=True, state=True, fixed=False),
+}
+
+GATES = {
+    "retnet": lambda rng, shape: np.broadcast_to(np.log1p(-(2.0 ** (-5 - np.arange(shape[-1])))), shape),
+    "mild": lambda rng, shape: -np.logaddexp(0, -rng.normal(size=shape)) / 16,
+    "strong": lambda rng, shape: rng.uniform(-60, 0, shape),
+    "wild": lambda rng, shape: np.where(rng.random(shape) < 0.05, -np.inf, -np.exp(3 * rng.normal(size=shape) - 1)),
+    "zero": lambda rng, shape: np.zeros(shape),
+    "none pass": lambda rng, shape: np.full(shape, -np.inf),
+}
+
+SEGMENTS = {
+    "one": lambda rng, shape: np.full(shape, 7),
+    "each token": lambda rng, shape: np.broadcast_to(np.arange(shape[1]), shape),
+    "sorted": lambda rng, shape: np.sort(rng.integers(0, 4, shape)),
+    "ids come back": lambda rng, shape: np.sort(rng.integers(0, 6, shape)) % 2,
+}
+
+
+@dataclasses.dataclass
+class Inputs:
+    """Arrays of a case in the dtypes an implementation takes, and cotangents of its outputs."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    log_gamma: jax.Array
+    initial_state: jax.Array | None
+    segment_ids: jax.Array | None
+    d_o: jax.Array
+    d_state: jax.Array
+
+    @property
+    def differentiable(self):
+        return self.q, self.k, self.v, self.log_gamma, self.initial_state
+
+    def replace(self, **changes):
+        return dataclasses.replace(self, **changes)
+
+
+def make_inputs(case, seed=0, gates="mild", segments="sorted", dtype="float32") -> Inputs:
+    """Decays are float32: bf16 would round RetNet's to coarse steps."""
+    rng = np.random.default_rng(seed)
+    c = case
+    tokens, state = (c.batch, c.length), (c.batch, c.heads, c.key_width, c.value_width)
+    normal = lambda *shape, dtype=dtype: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+    return Inputs(
+        q=normal(*tokens, c.heads, c.key_width),
+        k=normal(*tokens, c.heads, c.key_width),
+        v=normal(*tokens, c.heads, c.value_width),
+        log_gamma=jnp.asarray(GATES[gates](rng, (c.heads,) if c.fixed else (*tokens, c.heads)), jnp.float32),
+        initial_state=normal(*state, dtype=jnp.float32) if c.state else None,
+        segment_ids=jnp.asarray(SEGMENTS[segments](rng, tokens), jnp.int32) if c.segments else None,
+        d_o=normal(*tokens, c.heads, c.value_width),
+        d_state=normal(*state, dtype=jnp.float32),
+    )
+
+
+OUTPUTS = ("o", "final_state", "dq", "dk", "dv", "dlog_gamma", "dinitial_state")
+
+
+def oracle(inputs: Inputs) -> dict[str, np.ndarray]:
+    """The recurrence and its derivative, a token at a time in numpy and float64."""
+    wide = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs)}
+    wide = {name: None if x is None else np.asarray(x, np.float64) for name, x in wide.items()}
+    q, k, v, d_o = (wide[name] for name in ("q", "k", "v", "d_o"))
+    batch, length, heads, key_width = q.shape
+    scale = key_width**-0.5
+    gamma = np.broadcast_to(np.exp(wide["log_gamma"]), (batch, length, heads))[..., None, None]
+    initial = wide["initial_state"] if wide["initial_state"] is not None else np.zeros_like(wide["d_state"])
+    keep = np.ones((batch, length, 1, 1, 1))
+    if wide["segment_ids"] is not None:
+        keep[:, 1:, 0, 0, 0] = wide["segment_ids"][:, 1:] == wide["segment_ids"][:, :-1]
+    update = k[..., None] * v[..., None, :]
+
+    before, state, o = [], initial, np.zeros_like(d_o)
+    for t in range(length):
+        before.append(keep[:, t] * state)
+        state = gamma[:, t] * before[t] + update[:, t]
+        o[:, t] = scale * np.einsum("bhk,bhkv->bhv", q[:, t], state)
+    out = {"o": o, "final_state": state}
+
+    dq, dk, dv, dg = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v), np.zeros((batch, length, heads))
+    d_state = wide["d_state"]
+    for t in reversed(range(length)):
+        d_state = d_state + scale * q[:, t, :, :, None] * d_o[:, t, :, None]
+        dq[:, t] = scale * np.einsum("bhv,bhkv->bhk", d_o[:, t], gamma[:, t] * before[t] + update[:, t])
+        dk[:, t] = np.einsum("bhv,bhkv->bhk", v[:, t], d_state)
+        dv[:, t] = np.einsum("bhk,bhkv->bhv", k[:, t], d_state)
+        dg[:, t] = np.sum(gamma[:, t] * d_state * before[t], (-1, -2))
+        d_state = keep[:, t] * gamma[:, t] * d_state
+    dg = dg.sum((0, 1)) if inputs.log_gamma.ndim == 1 else dg
+    out |= {"dq": dq, "dk": dk, "dv": dv, "dlog_gamma": dg}
+    return out | ({"dinitial_state": d_state} if wide["initial_state"] is not None else {})
+
+
+def magnitudes(inputs: Inputs) -> dict[str, np.ndarray]:
+    """The oracle with no cancellation between terms: what rounding is relative to where numbers are few."""
+    names = ("q", "k", "v", "initial_state", "d_o", "d_state")
+    return oracle(inputs.replace(**{n: abs(x) for n in names if (x := getattr(inputs, n)) is not None}))
+
+
+def rms(x):
+    return float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64)))))
+
+
+def check(inputs, outputs, dtype):
+    """Relative RMS errors within the contract; zero where the oracle is zero throughout."""
+    expected, uncancelled = oracle(inputs), magnitudes(inputs)
+    assert outputs.keys() == expected.keys()
+    for name, want in expected.items():
+        got = np.asarray(outputs[name], np.float64)
+        assert np.isfinite(got).all(), name
+        error = rms(got - want) / max(rms(want if want.size > 1000 else uncancelled[name]), 1e-30)
+        limit = TOLERANCES[dtype][name not in ("o", "final_state")]
+        if want.size < 100:
+            limit *= 3  # of so few numbers the worst counts, not the typical one: three roundings
+        assert error < limit, f"{name}: {error:.2e}, wanted under {limit}"
+
+
+def pytest_generate_tests(metafunc):
+    """One run per implementation."""
+    if "implementation" in metafunc.fixturenames:
+        metafunc.parametrize("implementation", IMPLEMENTATIONS)
+
+
+@pytest.fixture(scope="session")
+def suite():
+    """This module, for tests to reach the above (tests are no package)."""
+    return sys.modules[__name__]

@@ -1,0 +1,164 @@
+"""What the shared suite runs on: the implementations, the cases, and a float64 oracle that shares no code with them."""
+
+import dataclasses
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+IMPLEMENTATIONS = ["reference", "xla"]
+
+# Relative RMS error against the oracle on the same inputs: forward, gradients. Only the rounding of outputs is bf16's.
+TOLERANCES = {"float32": (5e-6, 2e-5), "bfloat16": (4e-3, 5e-3), "float16": (1e-3, 1e-3)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Shapes are few and fixed, so that each compiles once; everything else is drawn."""
+
+    batch: int
+    length: int
+    channels: int
+    states: int
+    segments: bool
+    state: bool
+
+
+CASES = {
+    "token": Case(1, 1, 1, 1, segments=False, state=True),
+    "plain": Case(1, 100, 5, 16, segments=False, state=False),
+    "full": Case(2, 70, 6, 4, segments=True, state=True),
+}
+
+STEPS = {
+    "mamba": lambda rng, shape: np.logaddexp(0, rng.normal(size=shape) - 4),
+    "large": lambda rng, shape: rng.uniform(0, 60, shape),
+    "wild": lambda rng, shape: np.where(rng.random(shape) < 0.1, 1e4, np.exp(3 * rng.normal(size=shape) - 3)),
+    "zero": lambda rng, shape: np.zeros(shape),
+}
+
+SEGMENTS = {
+    "one": lambda rng, shape: np.full(shape, 7),
+    "each token": lambda rng, shape: np.broadcast_to(np.arange(shape[1]), shape),
+    "sorted": lambda rng, shape: np.sort(rng.integers(0, 4, shape)),
+    "ids come back": lambda rng, shape: np.sort(rng.integers(0, 6, shape)) % 2,
+}
+
+
+@dataclasses.dataclass
+class Inputs:
+    """Arrays of a case in the dtypes an implementation takes, and cotangents of its outputs."""
+
+    x: jax.Array
+    dt: jax.Array
+    A: jax.Array
+    B: jax.Array
+    C: jax.Array
+    D: jax.Array
+    initial_state: jax.Array | None
+    segment_ids: jax.Array | None
+    d_y: jax.Array
+    d_state: jax.Array
+
+    @property
+    def differentiable(self):
+        return self.x, self.dt, self.A, self.B, self.C, self.D, self.initial_state
+
+    def replace(self, **changes):
+        return dataclasses.replace(self, **changes)
+
+
+def make_inputs(case, seed=0, steps="mamba", segments="sorted", dtype="float32") -> Inputs:
+    rng = np.random.default_rng(seed)
+    c = case
+    tokens, state = (c.batch, c.length), (c.batch, c.channels, c.states)
+    normal = lambda *shape, dtype=dtype: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+    return Inputs(
+        x=normal(*tokens, c.channels),
+        dt=jnp.asarray(STEPS[steps](rng, (*tokens, c.channels)), dtype),
+        A=-jnp.asarray(rng.uniform(0.5, c.states + 0.5, (c.channels, c.states)), jnp.float32),
+        B=normal(*tokens, c.states),
+        C=normal(*tokens, c.states),
+        D=normal(c.channels, dtype=jnp.float32),
+        initial_state=normal(*state, dtype=jnp.float32) if c.state else None,
+        segment_ids=jnp.asarray(SEGMENTS[segments](rng, tokens), jnp.int32) if c.segments else None,
+        d_y=normal(*tokens, c.channels),
+        d_state=normal(*state, dtype=jnp.float32),
+    )
+
+
+OUTPUTS = ("y", "final_state", "dx", "ddt", "dA", "dB", "dC", "dD", "dinitial_state")
+
+
+def oracle(inputs: Inputs) -> dict[str, np.ndarray]:
+    """The recurrence and its derivative, a token at a time in numpy and float64."""
+    wide = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs)}
+    wide = {name: None if x is None else np.asarray(x, np.float64) for name, x in wide.items()}
+    x, dt, A, B, C, D, d_y = (wide[name] for name in ("x", "dt", "A", "B", "C", "D", "d_y"))
+    batch, length, _ = x.shape
+    initial = wide["initial_state"] if wide["initial_state"] is not None else np.zeros_like(wide["d_state"])
+    keep = np.ones((batch, length, 1, 1))
+    if wide["segment_ids"] is not None:
+        keep[:, 1:, 0, 0] = wide["segment_ids"][:, 1:] == wide["segment_ids"][:, :-1]
+    decay = np.exp(dt[..., None] * A)
+    update = (dt * x)[..., None] * B[:, :, None]
+
+    before, state, y = [], initial, np.zeros_like(x)
+    for t in range(length):
+        before.append(keep[:, t] * state)
+        state = decay[:, t] * before[t] + update[:, t]
+        y[:, t] = np.sum(C[:, t, None] * state, -1) + D * x[:, t]
+    out = {"y": y, "final_state": state}
+
+    dx, ddt, dA, dB, dC = (np.zeros_like(array) for array in (x, dt, A, B, C))
+    g = wide["d_state"]
+    for t in reversed(range(length)):
+        g = g + d_y[:, t, :, None] * C[:, t, None]
+        dC[:, t] = np.sum(d_y[:, t, :, None] * (decay[:, t] * before[t] + update[:, t]), 1)
+        dB[:, t] = np.sum((dt[:, t] * x[:, t])[..., None] * g, 1)
+        d_input = np.sum(g * B[:, t, None], -1)
+        d_exponent = g * decay[:, t] * before[t]
+        dx[:, t] = dt[:, t] * d_input + D * d_y[:, t]
+        ddt[:, t] = x[:, t] * d_input + np.sum(d_exponent * A, -1)
+        dA += np.sum(dt[:, t, :, None] * d_exponent, 0)
+        g = keep[:, t] * decay[:, t] * g
+    out |= {"dx": dx, "ddt": ddt, "dA": dA, "dB": dB, "dC": dC, "dD": np.sum(x * d_y, (0, 1))}
+    return out | ({"dinitial_state": g} if wide["initial_state"] is not None else {})
+
+
+def magnitudes(inputs: Inputs) -> dict[str, np.ndarray]:
+    """The oracle with no cancellation between terms: what rounding is relative to where numbers are few."""
+    names = ("x", "B", "C", "D", "initial_state", "d_y", "d_state")
+    return oracle(inputs.replace(**{n: abs(x) for n in names if (x := getattr(inputs, n)) is not None}))
+
+
+def rms(x):
+    return float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64)))))
+
+
+def check(inputs, outputs, dtype):
+    """Relative RMS errors within the contract; zero where the oracle is zero throughout."""
+    expected, uncancelled = oracle(inputs), magnitudes(inputs)
+    assert outputs.keys() == expected.keys()
+    for name, want in expected.items():
+        got = np.asarray(outputs[name], np.float64)
+        assert np.isfinite(got).all(), name
+        error = rms(got - want) / max(rms(want if want.size > 1000 else uncancelled[name]), 1e-30)
+        limit = TOLERANCES[dtype][name not in ("y", "final_state")]
+        if want.size < 100:
+            limit *= 3  # of so few numbers the worst counts, not the typical one: three roundings
+        assert error < limit, f"{name}: {error:.2e}, wanted under {limit}"
+
+
+def pytest_generate_tests(metafunc):
+    """One run per implementation."""
+    if "implementation" in metafunc.fixturenames:
+        metafunc.parametrize("implementation", IMPLEMENTATIONS)
+
+
+@pytest.fixture(scope="session")
+def scan():
+    """This module, for tests to reach the above (tests are no package)."""
+    return sys.modules[__name__]
