@@ -1,6 +1,6 @@
-"""The GLA layer (paper, Section 4.3)."""
+"""The GLA layer (paper, Section 4.3), and the gates it is compared with (Table 4)."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from glax.layers.linear import Linear, RMSNorm
+from glax.layers.retention import log_decays
 from glax.layers.short_convolution import ShortConvolution
-from kernels import gated_linear_attention, gated_linear_attention_step
+from kernels import gated_linear_attention, gated_linear_attention_step, retention, retention_step
+
+Gate = Literal["channel", "scalar", "fixed", "none"]
 
 FEATURE_MAPS = {
     "relu": jax.nn.relu,
@@ -42,6 +45,9 @@ class GatedLinearAttention(nnx.Module):
         hidden_size: D, width of x and y.
         num_heads: H, query heads. K = expand_k D / H, V = expand_v D / H.
         num_kv_heads: G, heads of keys, values and gates; H when None. Query head h reads head h // (H / G).
+        gate: what decays the memory. "channel": log_alpha as above, one per head and key channel. Else the operator is
+            ``kernels.retention`` with one number per head: "scalar", logsigmoid(x W + b) / tau with W [D, H]; "fixed",
+            RetNet's log(1 - 2^(-5-h)) for every token; "none", 0. These need as many kv heads as heads.
         gate_rank: columns of W_1.
         gate_temperature: tau.
         clamp_min: lower bound of log_alpha.
@@ -60,6 +66,7 @@ class GatedLinearAttention(nnx.Module):
         num_heads: int,
         *,
         num_kv_heads: int | None = None,
+        gate: Gate = "channel",
         expand_k: float = 0.5,
         expand_v: float = 1.0,
         gate_rank: int = 16,
@@ -78,6 +85,7 @@ class GatedLinearAttention(nnx.Module):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.key_width = round(hidden_size * expand_k) // num_heads
         self.value_width = round(hidden_size * expand_v) // num_heads
+        self.gate = gate
         self.gate_temperature = gate_temperature
         self.clamp_min = clamp_min
         self.feature_map = feature_map
@@ -90,8 +98,10 @@ class GatedLinearAttention(nnx.Module):
         self.q_proj = Linear(hidden_size, queries, axes=("embed", "heads"), **options)
         self.k_proj = Linear(hidden_size, keys, axes=("embed", "kv_heads"), **options)
         self.v_proj = Linear(hidden_size, values, axes=("embed", "kv_heads"), **options)
-        self.gk_down = Linear(hidden_size, gate_rank, axes=("embed", "gate"), **options)
-        self.gk_up = Linear(gate_rank, keys, axes=("gate", "kv_heads"), bias=True, **options)
+        low_rank, scalar = gate == "channel", gate == "scalar"
+        self.gk_down = Linear(hidden_size, gate_rank, axes=("embed", "gate"), **options) if low_rank else None
+        self.gk_up = Linear(gate_rank, keys, axes=("gate", "kv_heads"), bias=True, **options) if low_rank else None
+        self.gk_proj = Linear(hidden_size, num_heads, axes=("embed", "heads"), bias=True, **options) if scalar else None
         self.g_proj = Linear(hidden_size, outputs, axes=("embed", "heads"), **options) if output_gate else None
         self.o_proj = Linear(outputs, hidden_size, axes=("heads", "embed"), **options)
         self.o_norm = RMSNorm(self.value_width, eps=norm_eps, dtype=jnp.float32)
@@ -129,10 +139,12 @@ class GatedLinearAttention(nnx.Module):
         """
         q, k, v, log_alpha, convolutions = self._inputs(x, segment_ids, state, lengths)
         if lengths is not None:
-            real = (jnp.arange(x.shape[1]) < lengths[:, None])[..., None, None]
+            real = jnp.arange(x.shape[1]) < lengths[:, None]
             # A token with a zero key and an open gate leaves the memory as it is.
-            k, log_alpha = jnp.where(real, k, 0), jnp.where(real, log_alpha, 0)
-        o = gated_linear_attention(
+            k = jnp.where(real[..., None, None], k, 0)
+            log_alpha = jnp.where(real[..., None, None] if log_alpha.ndim == 4 else real[..., None], log_alpha, 0)
+        operator = gated_linear_attention if self.gate == "channel" else retention
+        o = operator(
             q,
             k,
             v,
@@ -153,7 +165,9 @@ class GatedLinearAttention(nnx.Module):
         """One token: y and the new state, by the recurrence."""
         x = x[:, None]
         q, k, v, log_alpha, convolutions = self._inputs(x, None, state, None)
-        o, memory = gated_linear_attention_step(q[:, 0], k[:, 0], v[:, 0], log_alpha[:, 0], state.memory)
+        operator = gated_linear_attention_step if self.gate == "channel" else retention_step
+        log_alpha = log_alpha if log_alpha.ndim == 1 else log_alpha[:, 0]
+        o, memory = operator(q[:, 0], k[:, 0], v[:, 0], log_alpha, state.memory)
         return self._output(o[:, None], x)[:, 0], GatedLinearAttentionState(memory, convolutions)
 
     def flops_per_token(self, length: int) -> float:
@@ -171,18 +185,30 @@ class GatedLinearAttention(nnx.Module):
             k, k_last = self.k_conv(k, state=before[1], **options)
             v, v_last = self.v_conv(v, state=before[2], **options)
             convolutions = (q_last, k_last, v_last)
-        log_alpha = jax.nn.log_sigmoid(self.gk_up(self.gk_down(x), jnp.float32)) / self.gate_temperature
-        if self.clamp_min is not None:
-            log_alpha = jnp.maximum(log_alpha, self.clamp_min)
-        log_alpha = log_alpha.astype(q.dtype)  # the Hopper kernels take gates in the dtype of their tiles
         if self.feature_map is not None:
             feature_map = FEATURE_MAPS[self.feature_map]
             q, k = feature_map(q), feature_map(k)
         return (
             _split_heads(q, self.num_heads),
-            *(_split_heads(y, self.num_kv_heads) for y in (k, v, log_alpha)),
+            _split_heads(k, self.num_kv_heads),
+            _split_heads(v, self.num_kv_heads),
+            self._log_alpha(x),
             convolutions,
         )
+
+    def _log_alpha(self, x) -> Float[Array, "B T G K"] | Float[Array, "B T H"] | Float[Array, "H"]:
+        if self.gate == "fixed":
+            return log_decays(self.num_heads)
+        if self.gate == "none":
+            return jnp.zeros(self.num_heads, jnp.float32)
+        gates = self.gk_proj(x, jnp.float32) if self.gate == "scalar" else self.gk_up(self.gk_down(x), jnp.float32)
+        log_alpha = jax.nn.log_sigmoid(gates) / self.gate_temperature
+        if self.clamp_min is not None:
+            log_alpha = jnp.maximum(log_alpha, self.clamp_min)
+        if self.gate == "scalar":
+            return log_alpha
+        # The Hopper kernels take gates in the dtype of their tiles.
+        return _split_heads(log_alpha.astype(self.dtype), self.num_kv_heads)
 
     def _output(self, o, x):
         o = self.o_norm(o).reshape(*x.shape[:-1], -1)

@@ -5,8 +5,8 @@ from flax import nnx
 from flax.core import spmd
 from jaxtyping import Array, Float
 
-# Axes of parameters are named embed, heads, kv_heads, mlp, vocab, gate and layers, or None; those of activations batch
-# and length besides. `nnx.logical_axis_rules` maps names to mesh axes.
+# Axes of parameters are named embed, heads, kv_heads, mlp, state, vocab, gate and layers, or None; those of activations
+# batch and length besides. `nnx.logical_axis_rules` maps names to mesh axes.
 Axes = tuple[str | None, ...]
 
 

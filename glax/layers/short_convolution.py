@@ -11,15 +11,18 @@ from kernels import short_convolution
 
 
 class ShortConvolution(nnx.Module):
-    """SiLU of a causal depthwise convolution of ``width`` taps.
+    """SiLU of a causal depthwise convolution of ``width`` taps, plus a bias, zero at first, where asked for.
 
     Its weights are uniform with variance 1 / (3 width), as PyTorch's convolutions: N(0, 0.02) would all but silence it.
     """
 
-    def __init__(self, channels: int, width: int, *, axis: str | None, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self, channels: int, width: int, *, axis: str | None, bias: bool = False, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
         bound = width**-0.5
         weight = jax.random.uniform(rngs.params(), (channels, width), jnp.float32, -bound, bound)
         self.weight = parameter(weight, (axis, None))
+        self.bias = parameter(jnp.zeros(channels, jnp.float32), (axis,)) if bias else None
         self.dtype = dtype
 
     def init_state(self, batch: int) -> Float[Array, "B past C"]:
@@ -38,6 +41,7 @@ class ShortConvolution(nnx.Module):
         y = short_convolution(
             x,
             self.weight[...],
+            bias=None if self.bias is None else self.bias[...],
             initial_state=state,
             segment_ids=segment_ids,
             lengths=lengths,

@@ -8,7 +8,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
-from glax.layers import GatedLinearAttention, RMSNorm, SoftmaxAttention, SwiGLU, constrain
+from glax.layers import (
+    GatedLinearAttention,
+    Mamba,
+    MultiScaleRetention,
+    RMSNorm,
+    SoftmaxAttention,
+    SwiGLU,
+    constrain,
+)
 from glax.models.config import ModelConfig
 
 
@@ -17,6 +25,7 @@ def _gated_linear_attention(config: ModelConfig, rngs: nnx.Rngs) -> GatedLinearA
         config.hidden_size,
         config.num_heads,
         num_kv_heads=config.num_kv_heads,
+        gate=config.gate,
         expand_k=config.expand_k,
         expand_v=config.expand_v,
         gate_rank=config.gate_rank,
@@ -46,6 +55,34 @@ def _softmax_attention(config: ModelConfig, rngs: nnx.Rngs) -> SoftmaxAttention:
     )
 
 
+def _retention(config: ModelConfig, rngs: nnx.Rngs) -> MultiScaleRetention:
+    return MultiScaleRetention(
+        config.hidden_size,
+        config.num_heads,
+        expand_k=config.expand_k,
+        expand_v=config.expand_v,
+        rope_base=config.rope_base,
+        norm_eps=config.norm_eps,
+        std=config.initializer_range,
+        dtype=config.dtype,
+        implementation=config.implementation,
+        rngs=rngs,
+    )
+
+
+def _mamba(config: ModelConfig, rngs: nnx.Rngs) -> Mamba:
+    return Mamba(
+        config.hidden_size,
+        expand=config.expand_v,
+        state_size=config.state_size,
+        conv_width=config.short_conv_width or 4,
+        std=config.initializer_range,
+        dtype=config.dtype,
+        implementation=config.implementation,
+        rngs=rngs,
+    )
+
+
 # Token mixers by their name in ModelConfig. What they make has, with one layer's state S, of any type:
 #   __call__(x [B,T,D], *, segment_ids, state: S | None, lengths) -> (y [B,T,D], S | None)
 #   init_state(batch, max_length: int | None) -> S
@@ -54,6 +91,8 @@ def _softmax_attention(config: ModelConfig, rngs: nnx.Rngs) -> SoftmaxAttention:
 MIXERS: dict[str, Callable[[ModelConfig, nnx.Rngs], nnx.Module]] = {
     "gla": _gated_linear_attention,
     "attention": _softmax_attention,
+    "retnet": _retention,
+    "mamba": _mamba,
 }
 
 SAVED = {

@@ -6,9 +6,9 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 
 from glax.errors import UserError
-from glax.layers import FEATURE_MAPS
+from glax.layers import FEATURE_MAPS, Gate
 
-Mixer = Literal["gla", "attention"]
+Mixer = Literal["gla", "attention", "retnet", "mamba"]
 Remat = Literal["none", "full", "matmuls"]
 
 
@@ -26,7 +26,8 @@ class ModelConfig:
     """Blocks, each a token mixer and an MLP."""
 
     mixer: Mixer = "gla"
-    """Token mixer of every block that is not in attention_layers."""
+    """Token mixer of every block that is not in attention_layers: gated linear attention, softmax attention (with
+    an MLP that is a Llama block, Transformer++), RetNet's retention, or Mamba's selective state space (version 1)."""
 
     num_heads: int = 4
     """Query heads."""
@@ -38,7 +39,11 @@ class ModelConfig:
     """Width of all keys together, as a multiple of hidden_size."""
 
     expand_v: float = 1.0
-    """Width of all values together, as a multiple of hidden_size."""
+    """Width of all values together, as a multiple of hidden_size; Mamba's inner width likewise."""
+
+    gate: Gate = "channel"
+    """Decay of gated linear attention's memory: channel, one data-dependent number per head and key channel; scalar,
+    one per head; fixed, RetNet's constants; none, no decay."""
 
     gate_rank: int = 16
     """Rank of the map from the input to the gates."""
@@ -56,7 +61,11 @@ class ModelConfig:
     """Multiply the mixer's normed output by a swish gate."""
 
     short_conv_width: int | None = None
-    """Taps of a causal convolution on queries, keys and values. None: no convolution."""
+    """Taps of a causal convolution on queries, keys and values. None: no convolution, and Mamba's, which it always
+    has, takes 4."""
+
+    state_size: int = 16
+    """Numbers that Mamba remembers per channel."""
 
     attention_layers: tuple[int, ...] = ()
     """Depths, from 0, of the blocks that mix tokens by softmax attention."""
@@ -71,7 +80,7 @@ class ModelConfig:
     """Tokens that softmax attention sees, the current one included. None: all."""
 
     rope_base: float = 10000.0
-    """Base of the rotary frequencies of softmax attention."""
+    """Base of the rotary frequencies of softmax attention and retention."""
 
     mlp_size: int | None = None
     """Width of the SwiGLU. None: 8/3 of hidden_size, rounded up to a multiple of 256. 0: no MLP."""
@@ -97,12 +106,12 @@ class ModelConfig:
     """Stack the parameters of equal blocks and scan over them: compiles once for all. False: one by one."""
 
     implementation: str | None = None
-    """Kernel of gated linear attention. None: the fastest that runs here."""
+    """Kernel of the recurrent mixers. None: the fastest that runs here."""
 
     def __post_init__(self):
         # A config read from JSON has a list here.
         object.__setattr__(self, "attention_layers", tuple(sorted(set(self.attention_layers))))
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "gate_rank"):
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "gate_rank", "state_size"):
             _at_least_one(name, getattr(self, name))
         optional = ("num_kv_heads", "attention_heads", "attention_kv_heads", "attention_window", "short_conv_width")
         for name in optional:
@@ -114,6 +123,7 @@ class ModelConfig:
         if self.mlp_size is not None and self.mlp_size < 0:
             raise UserError(f"mlp_size is {self.mlp_size}: give a width, 0 for no MLP, or leave it out")
         _one_of("mixer", self.mixer, get_args(Mixer))
+        _one_of("gate", self.gate, get_args(Gate))
         _one_of("remat", self.remat, get_args(Remat))
         _one_of("compute_dtype", self.compute_dtype, ("bfloat16", "float32"))
         if self.feature_map is not None:
@@ -129,13 +139,21 @@ class ModelConfig:
         mixers = set(self.mixers)
         if "gla" in mixers:
             _divides("num_kv_heads", self.num_kv_heads, "num_heads", self.num_heads)
-            for name in ("expand_k", "expand_v"):
-                width = getattr(self, name) * self.hidden_size
-                if width != round(width) or round(width) % self.num_heads:
-                    raise UserError(
-                        f"{name} {getattr(self, name)} x hidden_size {self.hidden_size} is {width:g}: it must be a "
-                        f"whole multiple of num_heads {self.num_heads}"
-                    )
+            if self.gate != "channel" and self.num_kv_heads not in (None, self.num_heads):
+                raise UserError(f'gate "{self.gate}" needs as many kv heads as heads: leave num_kv_heads out')
+        for name in ("expand_k", "expand_v"):
+            width = getattr(self, name) * self.hidden_size
+            multiple = self.num_heads if mixers & {"gla", "retnet"} else 1
+            if mixers != {"attention"} and (width != round(width) or round(width) % multiple):
+                raise UserError(
+                    f"{name} {getattr(self, name)} x hidden_size {self.hidden_size} is {width:g}: it must be a "
+                    f"whole multiple of num_heads {self.num_heads}"
+                )
+        if "retnet" in mixers and round(self.expand_k * self.hidden_size) % (2 * self.num_heads):
+            raise UserError(
+                f"expand_k {self.expand_k} gives {self.num_heads} heads of odd width, and rotary positions need an "
+                "even one: change expand_k or num_heads"
+            )
         if "attention" in mixers:
             heads = self.attention_heads or self.num_heads
             _divides("attention_kv_heads", self.attention_kv_heads, "attention_heads", heads)

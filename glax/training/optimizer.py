@@ -37,5 +37,9 @@ def adamw(config: OptimizerConfig, axes: PyTree[PartitionSpec]) -> optax.Gradien
 
 
 def is_matrix(axes: PyTree[PartitionSpec]) -> PyTree[bool]:
-    """Which parameters are matrices. The axis that stacks scanned layers does not count: stacked norms are vectors."""
-    return jax.tree.map(lambda names: sum(name != "layers" for name in names) >= 2, axes)
+    """Which parameters are matrices.
+
+    The axis that stacks scanned layers does not count: stacked norms are vectors. Nor does the state axis of Mamba's
+    decay rates, which are no map from one vector to another either.
+    """
+    return jax.tree.map(lambda names: sum(name not in ("layers", "state") for name in names) >= 2, axes)

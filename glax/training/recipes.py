@@ -1,5 +1,7 @@
 """The settings that come with a preset."""
 
+from functools import partial
+
 from glax.data import DataConfig
 from glax.errors import UserError
 from glax.models import PRESETS
@@ -31,12 +33,14 @@ def _bytes(preset: str) -> TrainConfig:
     )
 
 
+_MODELS = ("gla", "transformer", "retnet", "mamba")
+
+# 15 B tokens in batches of 0.5 M, 0.5 B of warm-up; 100 B in batches of 2 M, 1 B of warm-up.
 RECIPES = {
-    "gla-small-bytes": lambda: _bytes("gla-small-bytes"),
-    "gla-tiny": lambda: _bytes("gla-tiny"),
-    # 15 B tokens in batches of 0.5 M, 0.5 B of warm-up; 100 B in batches of 2 M, 1 B of warm-up.
-    "gla-340m": lambda: _paper("gla-340m", 15e9, 256, 0.5e9),
-    "gla-1.3b": lambda: _paper("gla-1.3b", 100e9, 1024, 1e9),
+    **{f"{model}-small-bytes": partial(_bytes, f"{model}-small-bytes") for model in _MODELS},
+    **{f"{model}-tiny": partial(_bytes, f"{model}-tiny") for model in _MODELS},
+    **{f"{model}-340m": partial(_paper, f"{model}-340m", 15e9, 256, 0.5e9) for model in _MODELS},
+    **{f"{model}-1.3b": partial(_paper, f"{model}-1.3b", 100e9, 1024, 1e9) for model in _MODELS},
 }
 
 

@@ -25,6 +25,7 @@ RULES = (
     ("mlp", "tensor"),
     ("vocab", "tensor"),
     ("gate", None),
+    ("state", None),
     ("layers", None),
 )
 

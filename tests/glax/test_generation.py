@@ -25,8 +25,14 @@ MODELS = {
     "hybrid": dataclasses.replace(
         BASE, num_layers=3, attention_layers=(1,), attention_heads=4, attention_kv_heads=2, scan_layers=True
     ),
+    "scalar gate": dataclasses.replace(BASE, gate="scalar"),
+    "fixed gate": dataclasses.replace(BASE, gate="fixed"),
+    "retnet": dataclasses.replace(BASE, mixer="retnet", expand_k=1.0, expand_v=2.0),
+    "mamba": dataclasses.replace(BASE, mixer="mamba", expand_v=2.0, mlp_size=0),
+    "transformer": dataclasses.replace(BASE, mixer="attention", attention_heads=4),
     "hybrid, window": dataclasses.replace(BASE, attention_layers=(0,), attention_heads=4, attention_window=5),
 }
+PIECES = ["convolution, grouped heads", "hybrid", "hybrid, window", "scalar gate", "retnet", "mamba"]
 PROMPTS = [[7], [3, 1, 4, 1, 5, 9, 2, 6, 5], [50, 1, 22, 9]]
 NEW = 24
 
@@ -57,7 +63,7 @@ def test_greedy_decoding_is_the_argmax_of_the_parallel_form(name: str):
     assert len(set(new.ravel())) > 10, "the model repeats itself: the comparison would see little"
 
 
-@pytest.mark.parametrize("name", ["convolution, grouped heads", "hybrid", "hybrid, window"])
+@pytest.mark.parametrize("name", PIECES)
 def test_a_state_goes_on(name: str):
     """Reading in pieces, some rows with nothing in a piece, leaves what reading at once does."""
     model = model_of(name)
@@ -75,7 +81,7 @@ def test_a_state_goes_on(name: str):
         np.testing.assert_allclose(hidden[row], whole[row, count : count + 10], atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["convolution, grouped heads", "hybrid", "hybrid, window"])
+@pytest.mark.parametrize("name", PIECES)
 def test_a_state_is_of_the_last_segment(name: str):
     """The first segment goes on from the state before, the last one leaves the state after; padding ends no segment."""
     model = model_of(name)
@@ -128,10 +134,10 @@ def test_state_has_one_size():
     """Constant for recurrent layers and windows; softmax attention without one needs to be told its room."""
     sizes = {
         name: [sum(leaf.size for leaf in jax.tree.leaves(model_of(name).init_state(1, length))) for length in (8, 64)]
-        for name in ("gla", "hybrid", "hybrid, window")
+        for name in ("gla", "retnet", "mamba", "hybrid", "hybrid, window")
     }
-    assert sizes["gla"][0] == sizes["gla"][1]
-    assert sizes["hybrid, window"][0] == sizes["hybrid, window"][1]
+    for name in ("gla", "retnet", "mamba", "hybrid, window"):
+        assert sizes[name][0] == sizes[name][1]
     assert sizes["hybrid"][0] < sizes["hybrid"][1]
     with pytest.raises(ValueError, match="max_length"):
         model_of("hybrid").init_state(1)

@@ -146,6 +146,14 @@ def test_paper_sizes(preset: str, millions: float):
     assert dataclasses.replace(config, scan_layers=False).num_parameters() == config.num_parameters()
 
 
+@pytest.mark.parametrize("size", ["340m", "1.3b", "small-bytes"])
+@pytest.mark.parametrize("model", ["transformer", "retnet", "mamba"])
+def test_compared_models_have_as_many_parameters(model: str, size: str):
+    assert PRESETS[f"{model}-{size}"].num_parameters() == pytest.approx(
+        PRESETS[f"gla-{size}"].num_parameters(), rel=0.02
+    )
+
+
 def test_parameters_are_all_there_is():
     """Nothing but Params in the model, all float32: what trains is what is saved."""
     model = model_of(dataclasses.replace(TINY, compute_dtype="bfloat16"))
@@ -169,6 +177,25 @@ def test_flops():
     assert window.flops_per_token(5) == pytest.approx(expected - 3 * 4 * 64 * (15 - (1 + 2 + 2 + 2 + 2)) / 5)
 
 
+COMPARED = {
+    "retnet": dataclasses.replace(TINY, mixer="retnet", attention_layers=(), short_conv_width=None),
+    "mamba": dataclasses.replace(TINY, mixer="mamba", attention_layers=(), mlp_size=0),
+    "scalar gate": dataclasses.replace(TINY, gate="scalar", num_kv_heads=None, attention_layers=(), num_layers=1),
+}
+AXES_COMPARED = {
+    "gk_proj.kernel": ("embed", "heads"),
+    "gk_proj.bias": ("heads",),
+    "in_proj.kernel": ("embed", "mlp"),
+    "z_proj.kernel": ("embed", "mlp"),
+    "conv.weight": ("mlp", None),
+    "conv.bias": ("mlp",),
+    "x_proj.kernel": ("mlp", None),
+    "dt_proj.kernel": (None, "mlp"),
+    "dt_proj.bias": ("mlp",),
+    "mixer.a_log": ("mlp", "state"),
+    "mixer.d": ("mlp",),
+    "out_proj.kernel": ("mlp", "embed"),
+}
 AXES = {
     "embedding": ("vocab", "embed"),
     "norm.weight": ("embed",),
@@ -206,6 +233,24 @@ def test_every_parameter_names_its_axes(scan_layers: bool):
     assert found == set(AXES)
 
 
+@pytest.mark.parametrize("name", COMPARED)
+def test_every_parameter_of_the_compared_names_its_axes(name: str):
+    # Retention's keys and values have heads of their own number.
+    axes = AXES | AXES_COMPARED | {f"{part}_proj.kernel": ("embed", "heads") for part in "kv" if name == "retnet"}
+    for path, parameter in nnx.to_flat_state(nnx.state(jax.eval_shape(lambda: model_of(COMPARED[name])))):
+        found, wanted = parameter.get_metadata("out_sharding"), axes[".".join(map(str, path[-2:]))]
+        assert found == wanted and len(found) == parameter.ndim, path
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_compared_models_keep_tokens_apart(name: str):
+    """The later tokens of a row change nothing before them, another segment's nothing at all."""
+    model, changed = model_of(COMPARED[name]), TOKENS.at[0, 12].add(1) % TINY.vocab_size
+    before, after = (logits(model, tokens, segment_ids=SEGMENTS) for tokens in (TOKENS, changed))
+    same = np.all(np.asarray(before) == np.asarray(after), -1)
+    assert np.all(same[0, :12]) and np.all(same[1]) and not np.any(same[0, 12:])
+
+
 def test_bfloat16_is_close():
     """Half precision in the products, float32 logits, the same answer but for rounding."""
     half = model_of(dataclasses.replace(TINY, compute_dtype="bfloat16"))
@@ -230,6 +275,12 @@ def test_logits_are_hidden_times_unembedding(tie_embeddings: bool):
     [
         {"mlp_size": 0},
         {"mixer": "attention", "attention_heads": 4, "attention_kv_heads": 2},
+        {"mixer": "retnet", "num_kv_heads": None},
+        {"mixer": "mamba"},
+        {"mixer": "mamba", "state_size": 8},
+        {"gate": "scalar", "num_kv_heads": None},
+        {"gate": "fixed", "num_kv_heads": None},
+        {"gate": "none", "num_kv_heads": None},
         {"output_gate": False},
         {"feature_map": "relu"},
         {"clamp_min": -0.01},
@@ -282,6 +333,9 @@ def test_mixers_have_makers():
         ({"compute_dtype": "int8"}, 'compute_dtype is "int8": choose one of bfloat16'),
         ({"gate_temperature": 0.0}, "gate_temperature is 0.0: it must be positive"),
         ({"mlp_size": -1}, "mlp_size is -1"),
+        ({"gate": "open"}, 'gate is "open": choose one of channel, scalar, fixed, none'),
+        ({"gate": "fixed"}, 'gate "fixed" needs as many kv heads as heads: leave num_kv_heads out'),
+        ({"mixer": "retnet", "num_heads": 32, "num_kv_heads": None, "expand_k": 1.0}, "heads of odd width"),
     ],
     ids=str,
 )

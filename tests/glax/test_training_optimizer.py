@@ -62,6 +62,7 @@ def test_weight_decay_is_on_matrices_only(tiny_config):
 def test_stacked_vectors_are_not_matrices():
     axes = {"norm": P("layers", "embed"), "matrix": P("layers", "embed", "mlp"), "bias": P("heads"), "scalar": P()}
     assert is_matrix(axes) == {"norm": False, "matrix": True, "bias": False, "scalar": False}
+    assert not is_matrix({"rates of decay": P("layers", "mlp", "state")})["rates of decay"]
 
 
 def test_adamw_against_its_formula():
