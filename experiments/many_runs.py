@@ -1,0 +1,174 @@
+"""Trains many small models of one config at once: every learning rate with every seed, as an axis of one program.
+
+Batches are made on the device by a function of the seed and the step, so runs of one seed see the same data whatever
+the model and the learning rate.
+"""
+
+import dataclasses
+import functools
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, PyTree
+
+from glax.models import LanguageModel, ModelConfig
+from glax.training import OptimizerConfig
+from glax.training.optimizer import adamw, learning_rate
+
+Batch = PyTree[Array]
+Sample = Callable[[Array, PyTree], Batch]
+Loss = Callable[[LanguageModel, Batch], Float[Array, ""]]
+
+# A program that trains for longer keeps a copy of itself on disk this often, and continues from it.
+SECONDS_BETWEEN_COPIES = 120.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """AdamW with linear warm-up and a cosine schedule; the learning rates are the sweep's."""
+
+    steps: int
+    """Steps of every run."""
+
+    warmup_steps: int = 0
+    """Steps in which the learning rate rises from 0."""
+
+    final_fraction: float = 0.0
+    """The last step's learning rate, as a share of the peak."""
+
+    weight_decay: float = 0.01
+    """Decoupled weight decay, on matrices only."""
+
+    beta2: float = 0.95
+    """Decay of the mean of the squared gradients."""
+
+
+class ManyRuns:
+    """Models of ``config``, trained on ``loss`` of batches ``sample(key, data)``.
+
+    Attributes:
+        runs: (learning rate, seed) of each.
+        step: steps done.
+        params: parameters, with a leading axis of runs.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        sample: Sample,
+        loss: Loss,
+        training: Training,
+        *,
+        data: PyTree,
+        learning_rates: tuple[float, ...],
+        seeds: tuple[int, ...],
+    ):
+        self.config, self.training, self.data = config, training, data
+        self.runs = tuple(itertools.product(learning_rates, seeds))
+        self.step = 0
+        graph, abstract = jax.eval_shape(lambda: nnx.split(LanguageModel(config, rngs=nnx.Rngs(0)), nnx.Param))
+        axes = nnx.to_pure_dict(
+            jax.tree.map(
+                lambda parameter: jax.sharding.PartitionSpec(*parameter.get_metadata("out_sharding")),
+                abstract,
+                is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+            )
+        )
+        self._graph = graph
+        self._optimizer = adamw(OptimizerConfig(weight_decay=training.weight_decay, beta2=training.beta2), axes)
+        self._sample, self._loss = sample, loss
+        self._rates = jnp.array([rate for rate, _ in self.runs], jnp.float32)
+        self._keys = jax.vmap(jax.random.key)(jnp.array([seed for _, seed in self.runs]))
+        self.params, self._moments = jax.jit(jax.vmap(self._initial))(self._keys)
+        self._advance = jax.jit(self._scan, static_argnames="count", donate_argnums=(0, 1))
+
+    def build(self, params: PyTree) -> LanguageModel:
+        """The model with these parameters."""
+        return nnx.merge(self._graph, nnx.State(params))
+
+    def train(self, steps_per_call: int, copy: Path | None = None) -> Iterator[Float[np.ndarray, "steps runs"]]:
+        """Losses, ``steps_per_call`` steps at a time. With ``copy``, a file, continues where an earlier try was."""
+        if copy is not None and copy.exists():
+            self._restore(copy)
+        copied = time.monotonic()
+        while self.step < self.training.steps:
+            count = min(steps_per_call, self.training.steps - self.step)
+            self.params, self._moments, losses = self._advance(
+                self.params, self._moments, self.data, jnp.int32(self.step), count=count
+            )
+            self.step += count
+            yield np.asarray(losses)
+            if copy is not None and time.monotonic() - copied > SECONDS_BETWEEN_COPIES:
+                self._save(copy)
+                copied = time.monotonic()
+
+    def evaluate(self, metrics: Callable[[LanguageModel, Batch], PyTree], batches: Batch) -> PyTree[np.ndarray]:
+        """``metrics(model, batch)`` of each run, averaged over ``batches``, whose leaves have a leading axis for it."""
+        return jax.tree.map(np.asarray, _averaged(self, metrics, self.params, batches))
+
+    def _initial(self, key):
+        model = LanguageModel(self.config, rngs=nnx.Rngs(key))
+        params = nnx.to_pure_dict(nnx.split(model, nnx.Param)[1])
+        return params, self._optimizer.init(params)
+
+    def _scan(self, params, moments, data, first, *, count):
+        def step(carry, index):
+            advanced = jax.vmap(self._one, in_axes=(0, 0, 0, 0, None, None))
+            *carry, losses = advanced(*carry, self._keys, self._rates, index, data)
+            return tuple(carry), losses
+
+        (params, moments), losses = jax.lax.scan(step, (params, moments), first + jnp.arange(count))
+        return params, moments, losses
+
+    def _one(self, params, moments, key, peak, index, data):
+        """One step of one run."""
+        batch = self._sample(jax.random.fold_in(key, index), data)
+        loss, gradients = jax.value_and_grad(lambda p: self._loss(self.build(p), batch))(params)
+        schedule = OptimizerConfig(
+            learning_rate=peak,
+            initial_learning_rate=0.0,
+            final_learning_rate=peak * self.training.final_fraction,
+            warmup_steps=self.training.warmup_steps,
+        )
+        rate = learning_rate(index, schedule, self.training.steps)
+        updates, moments = self._optimizer.update(gradients, moments, params)
+        return jax.tree.map(lambda p, u: p - rate * u, params, updates), moments, loss
+
+    def _save(self, copy: Path) -> None:
+        leaves = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves((self.params, self._moments)))}
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        partial = copy.with_name(f".{copy.name}.partial.npz")
+        np.savez(partial, step=self.step, **leaves)
+        os.replace(partial, copy)
+
+    def _restore(self, copy: Path) -> None:
+        with np.load(copy) as kept:
+            self.step = int(kept["step"])
+            leaves, tree = jax.tree.flatten((self.params, self._moments))
+            self.params, self._moments = tree.unflatten([jnp.asarray(kept[str(i)]) for i in range(len(leaves))])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _averaged(runs: ManyRuns, metrics: Callable, params: PyTree, batches: Batch) -> PyTree:
+    def of_run(params):
+        means = jax.lax.map(lambda batch: metrics(runs.build(params), batch), batches)
+        return jax.tree.map(lambda x: jnp.mean(x, 0), means)
+
+    return jax.vmap(of_run)(params)
+
+
+def text_windows(length: int, rows: int) -> Sample:
+    """A sample function: ``rows`` windows of ``length`` + 1 tokens from anywhere in a text, the data."""
+
+    def sample(key: Array, text: Int[Array, "N"]) -> Int[Array, "rows length+1"]:
+        starts = jax.random.randint(key, (rows, 1), 0, text.shape[0] - length)
+        return text[starts + jnp.arange(length + 1)]
+
+    return sample

@@ -1,0 +1,69 @@
+"""The JSON that an experiment leaves: settings, what it ran on, and rows that appear one by one, so that it resumes."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from glax.errors import UserError
+from provenance import provenance
+
+Row = dict[str, Any]
+
+
+class ResultsFile:
+    """Rows of an experiment in ``path``, continued where a file of the same settings is there.
+
+    Raises UserError where the file there is of other settings, and names them.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], **described: Any):
+        self.path = path
+        settings = json.loads(json.dumps(settings, default=str))  # as they read back
+        self.content: dict[str, Any] = {"settings": settings, **described, "ran_on": [], "rows": []}
+        if path.exists():
+            self._continue(settings)
+        ran_on = provenance()
+        if ran_on not in self.content["ran_on"]:
+            self.content["ran_on"].append(ran_on)
+
+    @property
+    def rows(self) -> list[Row]:
+        return self.content["rows"]
+
+    def find(self, **fields: Any) -> Row | None:
+        """The row that has these fields."""
+        return next((row for row in self.rows if all(row.get(k) == v for k, v in fields.items())), None)
+
+    def add(self, row: Row) -> None:
+        """Append a row (``ran_on`` in it is the index in the file's list) and write the file, whole or not at all."""
+        self.rows.append({**row, "ran_on": len(self.content["ran_on"]) - 1})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        partial.write_text(json.dumps(self.content, indent=1) + "\n")
+        os.replace(partial, self.path)
+
+    def _continue(self, settings: dict[str, Any]) -> None:
+        try:
+            there = json.loads(self.path.read_text())
+            before, _ = there["settings"], there["rows"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.path} holds no results: move it away or give --results another folder") from error
+        differ = [name for name in settings.keys() | before.keys() if settings.get(name) != before.get(name)]
+        if differ:
+            said = "; ".join(f"{name} is {before.get(name)} there and {settings.get(name)} here" for name in differ)
+            raise UserError(f"{self.path} holds results of other settings ({said}): give --results another folder")
+        self.content = there
+
+
+def plot(path: Path, draw: Callable, *, size: tuple[float, float] = (6.0, 4.0), columns: int = 1) -> None:
+    """``draw(figure's axes)`` as a PNG at ``path``."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(size[0] * columns, size[1]), layout="constrained")
+    FigureCanvasAgg(figure)
+    draw(figure.subplots(1, columns))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, format="png")

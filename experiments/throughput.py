@@ -1,0 +1,311 @@
+"""Training throughput (paper, Figure 6): tokens/s, MFU and peak memory by length x batch, for each model.
+
+With no arguments on a CPU: the four small models at two shapes, in about a minute. On a GPU: the 1.3B models at the
+paper's shapes, with everything a training step does (forward, backward, clipping, AdamW, the check for non-finite
+gradients, a new batch from the host):
+
+    --models gla-1.3b,transformer-1.3b,retnet-1.3b,mamba-1.3b --shapes 2048x8,4096x4,8192x2,16384x1 --parts
+
+tokens/s is that of the median step. MFU counts model FLOPs, without recomputation, against the card's dense bf16 peak.
+Memory is what the compiled step needs at its peak: state, batch and temporaries. --parts also times the step's parts
+alone: a layer's operator, mixer and MLP forward + backward, the loss, the optimiser. A row that fails has its error.
+The same command continues after the rows that are there.
+"""
+
+import dataclasses
+import functools
+import gc
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+
+from glax.data import DataConfig
+from glax.errors import UserError, exit_code
+from glax.layers import SwiGLU
+from glax.models import PRESETS, ModelConfig
+from glax.models.blocks import MIXERS, Block
+from glax.training import MeshConfig, TrainConfig
+from glax.training.sharding import make_mesh, place_batch, use_mesh
+from glax.training.state import plan_state
+from glax.training.step import make_train_step
+from glax.training.utilization import peak_flops
+from kernels import gated_linear_attention, retention, selective_scan, softmax_cross_entropy
+from results_file import ResultsFile, plot
+
+MODELS = ("gla", "transformer", "retnet", "mamba")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What to measure."""
+
+    models: str | None = None
+    """Comma-separated presets. None: the four of 1.3B on a GPU, the four small ones elsewhere."""
+
+    shapes: str | None = None
+    """Comma-separated LENGTHxBATCH. None: 2048x8,4096x4,8192x2,16384x1 on a GPU, 64x4,256x1 elsewhere."""
+
+    implementations: str = "fastest"
+    """Comma-separated kernels of the recurrent models: fastest, mosaic_gpu, xla, reference."""
+
+    remat: Literal["none", "full", "matmuls"] = "none"
+    """What the backward pass computes again."""
+
+    scan_layers: bool = True
+    """Scan over stacked layers; --no-scan-layers compiles each by itself."""
+
+    steps: int = 10
+    """Timed steps, after three to warm up."""
+
+    parts: bool = False
+    """Also time the parts of a step."""
+
+    results: Path = Path("runs/throughput")
+    """Folder of throughput.json and throughput.png."""
+
+
+def training(preset: str, length: int, batch: int, implementation: str, arguments: Arguments) -> TrainConfig:
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    model = dataclasses.replace(
+        PRESETS[preset],
+        compute_dtype=dtype,
+        remat=arguments.remat,
+        scan_layers=arguments.scan_layers,
+        implementation=None if implementation == "fastest" else implementation,
+    )
+    return TrainConfig(model=model, data=DataConfig(sequence_length=length, batch_size=batch), mesh=MeshConfig(data=1))
+
+
+def random_batch(config: TrainConfig, draw: np.random.Generator) -> dict[str, np.ndarray]:
+    """Rows as training makes them: tokens, the ones that follow, documents of uneven length."""
+    length, rows = config.data.sequence_length, config.data.batch_size
+    tokens = draw.integers(0, config.model.vocab_size, (rows, length + 1), np.int32)
+    ends = draw.random((rows, length)) < 2 / length
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segment_ids": 1 + np.cumsum(ends, 1, dtype=np.int32),
+        "weights": np.ones((rows, length), np.float32),
+    }
+
+
+def measure(preset: str, length: int, batch: int, implementation: str, arguments: Arguments) -> dict[str, Any]:
+    """A row of the results: whole training steps on one device."""
+    config = training(preset, length, batch, implementation, arguments)
+    mesh, draw = make_mesh(config.mesh, jax.devices()[:1]), np.random.default_rng(0)
+    with use_mesh(mesh):
+        plan = plan_state(config, mesh)
+        batches = [random_batch(config, draw) for _ in range(4)]
+        abstract = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batches[0]))
+        started = time.monotonic()
+        step = make_train_step(plan, config, 1).lower(plan.abstract, abstract).compile()
+        compiled = time.monotonic() - started
+        state, seconds = plan.initialize(), []
+        for number in range(3 + arguments.steps):
+            begun = time.monotonic()
+            state, metrics = step(state, place_batch(batches[number % 4], mesh))
+            loss = float(metrics["loss"])  # waits for the step, as a journal line does
+            seconds.append(time.monotonic() - begun)
+    median = float(np.median(seconds[3:]))
+    flops, peak = config.model.flops_per_token(length), peak_flops(jax.devices()[:1])
+    return {
+        "tokens_per_second": round(length * batch / median, 1),
+        "mfu": None if peak is None else round(flops * length * batch / median / peak, 4),
+        "peak_gib": round(_peak_bytes(step) / 2**30, 3),
+        "step_ms": round(1e3 * median, 3),
+        "step_ms_range": [round(1e3 * min(seconds[3:]), 3), round(1e3 * max(seconds[3:]), 3)],
+        "parameters": config.model.num_parameters(),
+        "loss": round(loss, 4),
+        "compile_s": round(compiled, 1),
+    }
+
+
+def _peak_bytes(step: jax.stages.Compiled) -> int:
+    memory = step.memory_analysis()
+    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return kept + memory.temp_size_in_bytes
+
+
+def time_parts(preset: str, length: int, batch: int, implementation: str, arguments: Arguments) -> dict[str, float]:
+    """Milliseconds per step of each part by itself, forward + backward, times the layers that have it.
+
+    "mixer" has "operator" in it, "block" has mixer, MLP and norms.
+    """
+    training_config = training(preset, length, batch, implementation, arguments)
+    config = training_config.model
+    x = jax.random.normal(jax.random.key(0), (batch, length, config.hidden_size), config.dtype)
+    layers, parts = config.num_layers, {}
+
+    def of_layer(make: Callable[[nnx.Rngs], nnx.Module], call: Callable) -> float:
+        graph, params = nnx.split(make(nnx.Rngs(0)), nnx.Param)
+
+        def loss(params, x):
+            return jnp.sum(call(nnx.merge(graph, params), x).astype(jnp.float32) * 1e-3)
+
+        return layers * _milliseconds(jax.jit(jax.grad(loss, (0, 1))), params, x)
+
+    operator, inputs = operator_and_inputs(config, batch, length)
+    weighted = jax.grad(lambda *a: jnp.sum(operator(*a).astype(jnp.float32) * 1e-3), tuple(range(len(inputs))))
+    parts["operator"] = layers * _milliseconds(jax.jit(weighted), *inputs)
+    parts["mixer"] = of_layer(lambda rngs: MIXERS[config.mixer](config, rngs), lambda mixer, x: mixer(x)[0])
+    if config.mlp_width:
+        mlp = functools.partial(SwiGLU, config.hidden_size, config.mlp_width, std=0.02, dtype=config.dtype)
+        parts["mlp"] = of_layer(lambda rngs: mlp(rngs=rngs), lambda mlp, x: mlp(x))
+    parts["block"] = of_layer(lambda rngs: Block(config, config.mixer, rngs=rngs), lambda block, x: block(x)[0])
+
+    hidden = x.reshape(-1, config.hidden_size)
+    unembedding = jnp.full((config.hidden_size, config.vocab_size), 0.01, config.dtype)
+    targets = jnp.arange(len(hidden)) % config.vocab_size
+    loss = jax.grad(lambda h, u: jnp.mean(softmax_cross_entropy(h, u, targets)), (0, 1))
+    parts["loss"] = _milliseconds(jax.jit(loss), hidden, unembedding)
+
+    mesh = make_mesh(training_config.mesh, jax.devices()[:1])
+    with use_mesh(mesh):
+        plan = plan_state(training_config, mesh)
+
+        def update(params, moments):
+            updates, moments = plan.optimizer.update(params, moments, params)
+            return jax.tree.map(lambda p, u: p - 3e-4 * u, params, updates), moments
+
+        state, update = plan.initialize(), jax.jit(update, donate_argnums=(0, 1))
+        seconds = []
+        params, moments = state.params, state.opt_state
+        for _ in range(6):
+            begun = time.monotonic()
+            params, moments = jax.block_until_ready(update(params, moments))
+            seconds.append(time.monotonic() - begun)
+        parts["optimizer"] = 1e3 * float(np.median(seconds[1:]))
+    return {name: round(ms, 3) for name, ms in parts.items()}
+
+
+def operator_and_inputs(config: ModelConfig, batch: int, length: int) -> tuple[Callable, list[jax.Array]]:
+    """The mixer's operator alone, and inputs of the shapes that it has in the model."""
+    keys = iter(jax.random.split(jax.random.key(1), 6))
+
+    def normal(*shape):
+        return jax.random.normal(next(keys), (batch, length, *shape), config.dtype)
+
+    heads, options = config.num_heads, {"implementation": config.implementation}
+    key_width = round(config.expand_k * config.hidden_size) // heads
+    value_width = round(config.expand_v * config.hidden_size) // heads
+    if config.mixer == "attention":
+        width = config.hidden_size // heads
+        cudnn = "cudnn" if jax.default_backend() == "gpu" else "xla"
+        attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation=cudnn)
+        return attend, [normal(heads, width) for _ in range(3)]
+    if config.mixer == "gla":
+        q, k, v, gates = (normal(heads, w) for w in (key_width, key_width, value_width, key_width))
+        return functools.partial(gated_linear_attention, **options), [q, k, v, jax.nn.log_sigmoid(gates) / 16]
+    if config.mixer == "retnet":
+        q, k, v = (normal(heads, width) for width in (key_width, key_width, value_width))
+        return (lambda q, k, v: retention(q, k, v, jnp.full(heads, -0.01), **options)), [q, k, v]
+    inner, states = round(config.expand_v * config.hidden_size), config.state_size
+    x, dt, b, c = normal(inner), jax.nn.softplus(normal(inner) - 4), normal(states), normal(states)
+    rates = -jnp.broadcast_to(jnp.arange(1.0, states + 1), (inner, states))
+    return functools.partial(selective_scan, **options), [x, dt, rates, b, c, jnp.ones(inner)]
+
+
+def _milliseconds(fn: Callable, *arguments: Any, rounds: int = 8) -> float:
+    """Median time of ``fn``, queued four at a time so that the launch of one hides behind another."""
+    jax.block_until_ready(fn(*arguments))
+    seconds = []
+    for _ in range(rounds):
+        begun = time.monotonic()
+        for _ in range(4):
+            out = fn(*arguments)
+        jax.block_until_ready(out)
+        seconds.append((time.monotonic() - begun) / 4)
+    return 1e3 * float(np.median(seconds))
+
+
+def draw(rows: list[dict]) -> Callable:
+    def draw_axes(axes):
+        rows_that_ran = [row for row in rows if "error" not in row]
+        names = [
+            row["model"] + ("" if row["implementation"] == "fastest" else f", {row['implementation']}")
+            for row in rows_that_ran
+        ]
+        shapes = list(dict.fromkeys(row["shape"] for row in rows_that_ran))
+        for name in dict.fromkeys(names):
+            chosen = [row for row, of in zip(rows_that_ran, names, strict=True) if of == name]
+            places = [shapes.index(row["shape"]) for row in chosen]
+            axes[0].plot(places, [row["tokens_per_second"] / 1e3 for row in chosen], "o-", label=name)
+            axes[1].plot(places, [row["peak_gib"] for row in chosen], "o-", label=name)
+        for one, title in zip(axes, ("thousand tokens/s", "peak memory (GiB)"), strict=True):
+            one.set_xticks(range(len(shapes)), shapes)
+            one.set(title=title, xlabel="length x batch")
+            one.set_ylim(bottom=0)
+            one.grid(alpha=0.3)
+        axes[0].legend()
+
+    return draw_axes
+
+
+def run(arguments: Arguments) -> None:
+    gpu = jax.default_backend() == "gpu"
+    models = arguments.models or ",".join(f"{model}-{'1.3b' if gpu else 'small-bytes'}" for model in MODELS)
+    for preset in models.split(","):
+        if preset not in PRESETS:
+            raise UserError(f'models has "{preset}": choose from {", ".join(PRESETS)}')
+    shapes = arguments.shapes or ("2048x8,4096x4,8192x2,16384x1" if gpu else "64x4,256x1")
+    settings = {"remat": arguments.remat, "scan_layers": arguments.scan_layers, "steps": arguments.steps}
+    results = ResultsFile(arguments.results / "throughput.json", settings)
+    for shape in shapes.split(","):
+        length, batch = _shape(shape)
+        for preset in models.split(","):
+            for implementation in arguments.implementations.split(","):
+                key = {"model": preset, "shape": shape, "implementation": implementation}
+                if results.find(**key) is None:
+                    results.add(key | _row(preset, length, batch, implementation, arguments))
+                _say(results.find(**key))
+    plot(arguments.results / "throughput.png", draw(results.rows), columns=2)
+    print(f"results: {results.path} and throughput.png beside it")
+
+
+def _row(preset: str, length: int, batch: int, implementation: str, arguments: Arguments) -> dict[str, Any]:
+    try:
+        row = measure(preset, length, batch, implementation, arguments)
+        gc.collect()
+        if arguments.parts:
+            row["parts_ms"] = time_parts(preset, length, batch, implementation, arguments)
+    except (NotImplementedError, ValueError, RuntimeError) as error:  # the others are measured all the same
+        row = {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+    gc.collect()
+    return row
+
+
+def _say(row: dict[str, Any]) -> None:
+    named = f"{row['model']} {row['shape']} {row['implementation']}"
+    if "error" in row:
+        print(f"{named}: {row['error']}", flush=True)
+        return
+    mfu = "" if row["mfu"] is None else f", MFU {100 * row['mfu']:.1f}%"
+    parts = "".join(f", {name} {ms:.1f}" for name, ms in row.get("parts_ms", {}).items())
+    print(
+        f"{named}: {row['tokens_per_second']:,.0f} tokens/s{mfu}, {row['peak_gib']:.1f} GiB, "
+        f"{row['step_ms']:.1f} ms a step{parts and '; ms of its parts' + parts[1:]}",
+        flush=True,
+    )
+
+
+def _shape(text: str) -> tuple[int, int]:
+    length, x, batch = text.partition("x")
+    if not (x and length.isdigit() and batch.isdigit() and int(length) and int(batch)):
+        raise UserError(f'shapes has "{text}": give LENGTHxBATCH, such as 2048x8')
+    return int(length), int(batch)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return exit_code(lambda: run(tyro.cli(Arguments, args=argv, description=__doc__)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""The examples have the properties that the task is made of, and the smallest sweep learns, stops and resumes."""
+
+import jax
+import mqar
+import numpy as np
+import pytest
+from mqar import TASKS, Task, examples
+
+WIDE = Task(vocabulary=64, length=40, pairs=4, batch=8, steps=1)
+
+
+@pytest.fixture(scope="module", params=[WIDE, TASKS["l256"], TASKS["l512"]], ids=["small", "l256", "l512"])
+def drawn(request) -> tuple[Task, mqar.Examples]:
+    return request.param, jax.tree.map(np.asarray, examples(3, 64, request.param))
+
+
+def test_context_lists_distinct_keys_and_values(drawn):
+    task, (tokens, _, answers) = drawn
+    context = tokens[:, : 2 * task.pairs]
+    keys, values = context[:, ::2], context[:, 1::2]
+    assert tokens.shape == (64, task.length)
+    assert keys.min() >= 1 and keys.max() < task.vocabulary // 2
+    assert values.min() >= task.vocabulary // 2 and values.max() < task.vocabulary
+    for row in (*keys, *values):
+        assert len(set(row)) == task.pairs
+    np.testing.assert_array_equal(answers, values)
+    assert len(np.unique(keys, axis=0)) == 64, "rows differ"
+
+
+def test_each_key_is_asked_once_at_an_even_offset_and_nothing_else_is_there(drawn):
+    task, (tokens, places, answers) = drawn
+    rest = tokens[:, 2 * task.pairs :]
+    for row, row_places, row_rest in zip(tokens, places, rest, strict=True):
+        offsets = row_places - 2 * task.pairs
+        assert np.all(offsets % 2 == 0) and offsets.min() >= 0 and row_places.max() < task.length
+        assert len(set(offsets)) == task.pairs
+        np.testing.assert_array_equal(row[row_places], row[: 2 * task.pairs : 2])
+        assert np.count_nonzero(row_rest) == task.pairs
+    for row_rest, row_answers in zip(rest, answers, strict=True):
+        assert not set(row_rest) & set(row_answers), "answers never appear in the input"
+
+
+def test_gaps_follow_the_power_law():
+    """With one pair the gap's distribution is p itself; all keys, values and gaps occur."""
+    task = Task(vocabulary=16, length=22, pairs=1, batch=1, steps=1)
+    tokens, places, answers = jax.tree.map(np.asarray, examples(0, 40_000, task))
+    frequencies = np.bincount((places[:, 0] - 2) // 2, minlength=10) / 40_000
+    weights = np.arange(1, 11) ** -0.99
+    np.testing.assert_allclose(frequencies, weights / weights.sum(), atol=0.008)
+    np.testing.assert_allclose(np.bincount(tokens[:, 0], minlength=8)[1:] / 40_000, 1 / 7, atol=0.01)
+    np.testing.assert_allclose(np.bincount(answers[:, 0], minlength=16)[8:] / 40_000, 1 / 8, atol=0.01)
+
+
+def test_examples_depend_on_the_seed_alone():
+    first, again, other = (examples(seed, 16, WIDE).tokens for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert np.any(np.asarray(first) != np.asarray(other))
