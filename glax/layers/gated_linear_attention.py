@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from glax.layers.linear import Linear, RMSNorm
 from glax.layers.retention import log_decays
+from glax.layers.sequence_parallel import linear_attention
 from glax.layers.short_convolution import ShortConvolution
 from kernels import gated_linear_attention, gated_linear_attention_step, retention, retention_step
 
@@ -144,7 +145,8 @@ class GatedLinearAttention(nnx.Module):
             k = jnp.where(real[..., None, None], k, 0)
             log_alpha = jnp.where(real[..., None, None] if log_alpha.ndim == 4 else real[..., None], log_alpha, 0)
         operator = gated_linear_attention if self.gate == "channel" else retention
-        o = operator(
+        o = linear_attention(
+            operator,
             q,
             k,
             v,

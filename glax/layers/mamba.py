@@ -11,9 +11,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from glax.layers.linear import Linear
+from glax.layers.sequence_parallel import state_space
 from glax.layers.sharding import parameter
 from glax.layers.short_convolution import ShortConvolution
-from kernels import selective_scan, selective_scan_step
+from kernels import selective_scan_step
 
 # Initial dt is log-uniform between these.
 DT_MIN, DT_MAX = 1e-3, 1e-1
@@ -105,7 +106,7 @@ class Mamba(nnx.Module):
         if lengths is not None:
             real = jnp.arange(x.shape[1]) < lengths[:, None]
             dt = jnp.where(real[..., None], dt, 0)  # a token that takes no time leaves the memory as it is
-        y = selective_scan(
+        y = state_space(
             u,
             dt,
             -jnp.exp(self.a_log[...]),

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from glax.layers.linear import Linear, RMSNorm
 from glax.layers.rotary import rotate
+from glax.layers.sequence_parallel import linear_attention
 from kernels import retention, retention_step
 
 
@@ -101,7 +102,8 @@ class MultiScaleRetention(nnx.Module):
             real = (jnp.arange(x.shape[1]) < lengths[:, None])[..., None]
             # A token with a zero key that lets nothing decay leaves the memory as it is.
             k, log_gamma = jnp.where(real[..., None], k, 0), jnp.where(real, log_gamma, 0)
-        o = retention(
+        o = linear_attention(
+            retention,
             q,
             k,
             v,

@@ -6,8 +6,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from glax.layers.sequence_parallel import convolution
 from glax.layers.sharding import parameter
-from kernels import short_convolution
 
 
 class ShortConvolution(nnx.Module):
@@ -23,6 +23,7 @@ class ShortConvolution(nnx.Module):
         weight = jax.random.uniform(rngs.params(), (channels, width), jnp.float32, -bound, bound)
         self.weight = parameter(weight, (axis, None))
         self.bias = parameter(jnp.zeros(channels, jnp.float32), (axis,)) if bias else None
+        self.axis = axis
         self.dtype = dtype
 
     def init_state(self, batch: int) -> Float[Array, "B past C"]:
@@ -38,10 +39,11 @@ class ShortConvolution(nnx.Module):
         lengths: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T C"], Float[Array, "B past C"] | None]:
         """y, and the last tokens of each row for the tokens to come where ``state``, those before, is given."""
-        y = short_convolution(
+        y = convolution(
             x,
             self.weight[...],
             bias=None if self.bias is None else self.bias[...],
+            axis=self.axis,
             initial_state=state,
             segment_ids=segment_ids,
             lengths=lengths,

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from glax.layers.linear import Linear
 from glax.layers.rotary import rotate
+from glax.layers.sequence_parallel import sequence_axis, softmax_attention
 
 
 class SoftmaxAttentionState(NamedTuple):
@@ -135,6 +136,8 @@ class SoftmaxAttention(nnx.Module):
         return rotate(q, positions, self.rope_base), rotate(k, positions, self.rope_base), v
 
     def _attend_causally(self, q, k, v, segments):
+        if sequence_axis() is not None:
+            return softmax_attention(q, k, v, segments=segments, window=self.window)
         return jax.nn.dot_product_attention(
             q,
             k,

@@ -95,11 +95,12 @@ MIXERS: dict[str, Callable[[ModelConfig, nnx.Rngs], nnx.Module]] = {
     "mamba": _mamba,
 }
 
+# What shards of a sequence have told each other (kernels.sequence_parallel) is kept: sent once, not twice.
 SAVED = {
-    "full": None,
+    "full": jax.checkpoint_policies.save_only_these_names("sequence_exchange"),
     "matmuls": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names("token_mixing"),
+        jax.checkpoint_policies.save_only_these_names("token_mixing", "sequence_exchange"),
     ),
 }
 

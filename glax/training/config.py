@@ -52,7 +52,8 @@ class MeshConfig:
     """Shards of heads, MLP width and vocabulary."""
 
     sequence: int = 1
-    """Shards of the sequence length. Only 1 is supported."""
+    """Shards of the sequence length; parameters, gradients and optimiser state are cut over this axis as over fsdp.
+    Linear mixers exchange a state per head and layer, whatever the length; softmax attention all keys and values."""
 
 
 @dataclasses.dataclass(frozen=True)

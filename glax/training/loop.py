@@ -32,7 +32,7 @@ from glax.training.plot import plot_losses
 from glax.training.profiling import Trace
 from glax.training.progress import ProgressBar
 from glax.training.run_folder import check_same_run, owned
-from glax.training.sharding import batch_sharding, check_divisible, make_mesh, place_batch, use_mesh
+from glax.training.sharding import batch_sharding, check_divisible, make_mesh, place_batch, row_part, use_mesh
 from glax.training.state import Plan, TrainState, plan_state
 from glax.training.step import make_loss, make_train_step
 from glax.training.validation import validate
@@ -88,7 +88,9 @@ def train(
     with use_mesh(mesh):
         plan, step = plan_and_trace(config, mesh, microbatches)
         data = prepare(config.data, quiet=quiet or jax.process_index() != 0)
-        with contextlib.closing(train_batches(data, config.data)) as batches, owned(folder, config):
+        part, parts = row_part(mesh)
+        batches = train_batches(data, config.data, process_index=part, process_count=parts)
+        with contextlib.closing(batches), owned(folder, config):
             return Run(config, folder, mesh, plan, step, microbatches, data, quiet).go(batches)
 
 
@@ -113,7 +115,8 @@ def choose_microbatches(config: TrainConfig, mesh: Mesh) -> int:
     if config.microbatches is not None:
         return config.microbatches
     rows = max(1, config.data.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"]))
-    fits = (n for n in range(1, rows) if rows % n == 0 and rows // n * config.data.sequence_length <= MICROBATCH_TOKENS)
+    length = -(-config.data.sequence_length // mesh.shape["sequence"])
+    fits = (n for n in range(1, rows) if rows % n == 0 and rows // n * length <= MICROBATCH_TOKENS)
     return next(fits, rows)
 
 
@@ -143,7 +146,8 @@ class Run:
         self.plan = plan
         self.step = step
         self.tokenizer = data.tokenizer
-        self.validation = validation_batches(data, config.data)
+        part, parts = row_part(mesh)
+        self.validation = validation_batches(data, config.data, process_index=part, process_count=parts)
         self.loss = make_loss(plan, microbatches)
         self.quiet = quiet
 

@@ -1,5 +1,6 @@
 """The compiled training step: loss and gradients over microbatches, one update, and the non-finite guard."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -24,13 +25,22 @@ def summed_loss(model: LanguageModel, batch: Batch) -> Float[Array, ""]:
     hidden = model.hidden(batch["tokens"], segment_ids=batch["segment_ids"])
     # Gathered over fsdp here, once, and not in each of the cross entropy's blocks.
     unembedding = jax.lax.with_sharding_constraint(model.unembedding(), PartitionSpec(None, "tensor"))
-    losses = softmax_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), unembedding, batch["targets"].reshape(-1))
-    return jnp.sum(losses * batch["weights"].reshape(-1))
+    hidden, targets, weights = (_all_tokens(x) for x in (hidden, batch["targets"], batch["weights"]))
+    return jnp.sum(softmax_cross_entropy(hidden, unembedding, targets) * weights)
+
+
+def _all_tokens(x: Array) -> Array:
+    """``[B, T, ...]`` to ``[B T, ...]``, a device's tokens side by side: where tokens are sharded, none moves."""
+    mesh = jax.sharding.get_abstract_mesh()
+    rows, columns = (math.prod(mesh.shape[axis] for axis in axes) for axes in (BATCH, ("sequence",)))
+    shards = x.reshape(rows, x.shape[0] // rows, columns, x.shape[1] // columns, *x.shape[2:])
+    tokens = jnp.swapaxes(shards, 1, 2).reshape(-1, *x.shape[2:])
+    return jax.lax.with_sharding_constraint(tokens, PartitionSpec((*BATCH, "sequence")))
 
 
 def split_microbatches(batch: Batch, count: int, mesh: jax.sharding.Mesh) -> Batch:
     """``[B, T]`` to ``[count, B/count, T]``. Part i takes rows i, i + count, ...: rows stay on their device."""
-    sharding = NamedSharding(mesh, PartitionSpec(None, BATCH))
+    sharding = NamedSharding(mesh, PartitionSpec(None, BATCH, "sequence"))
 
     def split(rows: Array) -> Array:
         parts = rows.reshape(rows.shape[0] // count, count, *rows.shape[1:]).swapaxes(0, 1)

@@ -17,10 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 SAVED_NAME = "sequence_exchange"
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def entering_state(
-    decay: Float[Array, "*#S"], own: Float[Array, "*S"], axis_name: str
-) -> Float[Array, "*S"]:
+def entering_state(decay: Float[Array, "*#S"], own: Float[Array, "*S"], axis_name: str) -> Float[Array, "*S"]:
     """The state that enters this shard: sum over j < i of (product of d_l, j < l < i) U_j; zero in the first shard.
 
     Args:
@@ -30,6 +27,11 @@ def entering_state(
 
     Sends decay and own once, and the gradient of the result once: bytes received are (N-1) x (2 |own| + |decay|) x 4.
     """
+    return _entering_state(*vary_alike(decay, own), axis_name)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _entering_state(decay, own, axis_name):
     return _forward(decay, own, axis_name)[0]
 
 
@@ -66,7 +68,19 @@ def _backward(axis_name, residuals, d_entering):
     return jnp.sum(d_decay, shared, keepdims=True), d_leaving
 
 
-entering_state.defvjp(_forward, _backward)
+_entering_state.defvjp(_forward, _backward)
+
+
+def vary_alike(*arrays):
+    """The arrays (None stays None), typed as different over every mesh axis over which one of them is.
+
+    A custom derivative that takes a weight all shards share and a shard's tokens gives the shard's gradient of the
+    weight; this is where shard_map learns to add those up.
+    """
+    varying = frozenset().union(*(jax.typeof(x).vma for x in arrays if x is not None))
+    return [
+        None if x is None else jax.lax.pcast(x, tuple(varying - jax.typeof(x).vma), to="varying") for x in arrays
+    ]
 
 
 def tokens_before(x: Array, count: int, axis_name: str) -> Array:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .exchange import entering_state, first_tokens_continue
+from .exchange import entering_state, first_tokens_continue, vary_alike
 
 
 def linear_attention_over(
@@ -39,6 +39,7 @@ def linear_attention_over(
       return_final_state: also return the state after the sequence, the same in all shards.
       options: passed on (scale, implementation).
     """
+    q, k, v, log_decay, initial_state, segment_ids = vary_alike(q, k, v, log_decay, initial_state, segment_ids)
     options = {"segment_ids": segment_ids, "return_final_state": return_final_state, **options}
     shards = jax.lax.axis_size(axis_name)
     if shards == 1:
@@ -77,13 +78,8 @@ def _own_state(q, k, v, log_decay, segment_ids, continues):
     after = jnp.pad(gates[:, 1:], ((0, 0), (0, 1), (0, 0), (0, 0)))
     after = jax.lax.cumsum(after, axis=1, reverse=True)
     decay = jnp.exp(after[:, 0] + gates[:, 0])
-    if gates.shape[2] == groups:
-        own = _product("btgk,btgv->bgkv", k * jnp.exp(after), k, v, dtype)
-        own = jnp.repeat(own, heads // groups, 1)
-        decay = jnp.repeat(decay, heads // groups, 1)
-    else:  # a gate for each query head, of which a group's keys and values have several
-        k, v = (jnp.repeat(x, heads // groups, 2) for x in (k, v))
-        own = _product("btgk,btgv->bgkv", k * jnp.exp(after), k, v, dtype)
+    own = _product("btgk,btgv->bgkv", k * jnp.exp(after), k, v, dtype)
+    own, decay = (jnp.repeat(x, heads // groups, 1) for x in (own, decay))
     return decay[..., None], own
 
 
