@@ -93,13 +93,16 @@ def _collective(line: str, runs: int) -> Collective | None:
     # An asynchronous start has its operands among its results, and those of a permute two counters.
     if f"{kind}-start(" in line and kind != "all-reduce":
         arrays = arrays[len(arrays) // 2 :] if kind != "collective-permute" else arrays[1:2]
-    received = sum(arrays) * {
-        "all-gather": (size - 1) / size,
-        "all-reduce": 2 * (size - 1) / size,
-        "reduce-scatter": size - 1,
-        "all-to-all": (size - 1) / size,
-        "collective-permute": 1,
-    }[kind]
+    received = (
+        sum(arrays)
+        * {
+            "all-gather": (size - 1) / size,
+            "all-reduce": 2 * (size - 1) / size,
+            "reduce-scatter": size - 1,
+            "all-to-all": (size - 1) / size,
+            "collective-permute": 1,
+        }[kind]
+    )
     return Collective(kind, size, stride, received, runs, line.strip())
 
 

@@ -99,9 +99,7 @@ def parameter_shardings(
             if size % math.prod(mesh.shape[axis] for axis in axes):
                 where = jax.tree_util.keystr(path, simple=True, separator=".")
                 ways = " x ".join(f"mesh.{axis} {mesh.shape[axis]}" for axis in axes if mesh.shape[axis] > 1)
-                raise UserError(
-                    f"{ways} does not divide the {name} axis of {where}, which is {size}: use a divisor"
-                )
+                raise UserError(f"{ways} does not divide the {name} axis of {where}, which is {size}: use a divisor")
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree_util.tree_map_with_path(sharding, axes, shapes)

@@ -77,9 +77,10 @@ def vary_alike(*arrays):
     A custom derivative that takes a weight all shards share and a shard's tokens gives the shard's gradient of the
     weight; this is where shard_map learns to add those up.
     """
-    varying = frozenset().union(*(jax.typeof(x).vma for x in arrays if x is not None))
+    varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays if x is not None))
     return [
-        None if x is None else jax.lax.pcast(x, tuple(varying - jax.typeof(x).vma), to="varying") for x in arrays
+        None if x is None else jax.lax.pcast(x, tuple(varying - jax.typeof(x).manual_axis_type.varying), to="varying")
+        for x in arrays
     ]
 
 

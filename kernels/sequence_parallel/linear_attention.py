@@ -31,7 +31,7 @@ def linear_attention_over(
 
     Args:
       axis_name: of the mesh, inside a `jax.shard_map` in which it is manual.
-      operator: `kernels.gated_linear_attention`, `kernels.retention`, or any other of S_t = diag(d_t) S_{t-1} + k_t^T v_t
+      operator: `kernels.gated_linear_attention`, `kernels.retention`, or another S_t = diag(d_t) S_{t-1} + k_t^T v_t
         with their arguments; query head h reads key/value head h // (H / G).
       q, k, v, log_decay, segment_ids: this shard's tokens. log_decay <= 0 is per key channel, per head and token, or
         per head; segments may straddle shards, and an id that comes back in the next shard continues.
@@ -65,7 +65,7 @@ def linear_attention_over(
 
 def _own_state(q, k, v, log_decay, segment_ids, continues):
     """(decay over all tokens [B, H, K or 1, 1], state from zero [B, H, K, V]), 0 and cut where a segment starts."""
-    batch, length, groups, key_width = k.shape
+    batch, length, groups, _ = k.shape
     heads = q.shape[2]
     dtype = jnp.result_type(jnp.float32, q.dtype, k.dtype, v.dtype)
     gates = log_decay.astype(dtype)

@@ -34,8 +34,11 @@ def selective_scan_over(
         states = {"initial_state": initial_state, "return_final_state": return_final_state}
         return selective_scan(*operands, segment_ids=segment_ids, **states, **options)
     index = jax.lax.axis_index(axis_name)
-    _, own = selective_scan(*operands, segment_ids=segment_ids, return_final_state=True, **options)
-    _, dt, A, *_ = operands
+    x, dt, A, *_ = operands
+    dtype = jnp.result_type(jnp.float32, *operands)
+    zero, _ = vary_alike(jnp.zeros((x.shape[0], *A.shape), dtype), x)
+    states = {"initial_state": zero, "return_final_state": True}
+    _, own = selective_scan(*operands, segment_ids=segment_ids, **states, **options)
     decay = jnp.exp(jnp.sum(dt, 1, dtype=own.dtype)[..., None] * A)
     continues = None
     if segment_ids is not None:

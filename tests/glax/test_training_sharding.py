@@ -21,17 +21,30 @@ from glax.training.state import plan_state
 MESHES = {
     "data 8": MeshConfig(data=8),
     "fsdp 8": MeshConfig(fsdp=8),
+    "sequence 8": MeshConfig(sequence=8),
+    "tensor 2": MeshConfig(tensor=2),
     "data 2 x fsdp 2 x tensor 2": MeshConfig(data=2, fsdp=2, tensor=2),
+    "data 2 x sequence 2 x tensor 2": MeshConfig(data=2, sequence=2, tensor=2),
 }
+
+
+# Convolutions and softmax attention look across the edges of shards too, and documents straddle them: rows of 192 hold
+# several, of 25 to 600 tokens.
+HYBRID = {"attention_layers": (1,), "short_conv_width": 4, "remat": "full"}
+RETENTION = {"mixer": "retnet"}
+MAMBA = {"mixer": "mamba"}
+MODELS = {"gla": {}, "hybrid": HYBRID, "retention": RETENTION, "mamba": MAMBA}
 
 
 @pytest.fixture(scope="module")
 def steps_on(tiny_config):
-    """``steps_on(mesh_config, devices)``: losses of twenty steps, the last state, and the HLO of the step."""
+    """``steps_on(mesh_config, model)``: losses of twenty steps, the last state, and the HLO of the step."""
 
     @functools.cache
-    def run(mesh_config: MeshConfig, devices: int = 8):
+    def run(mesh_config: MeshConfig, model: str = "gla"):
         config = tiny_config(mesh=mesh_config)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, **MODELS[model]))
+        devices = math.prod(dataclasses.astuple(mesh_config)[1:]) * (mesh_config.data or 1)
         mesh = make_mesh(mesh_config, jax.devices()[:devices])
         batches = train_batches(prepare(config.data, quiet=True), config.data)
         with use_mesh(mesh):
@@ -48,18 +61,36 @@ def steps_on(tiny_config):
     return run
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_losses_equal_one_devices(steps_on, mesh: str):
-    one, _, _ = steps_on(MeshConfig(), devices=1)
-    losses, _, _ = steps_on(MESHES[mesh])
+def assert_equal_one_devices(steps_on, mesh: MeshConfig, model: str):
+    one, one_state, _ = steps_on(MeshConfig(), model)
+    losses, state, _ = steps_on(mesh, model)
     assert one[-1] < 0.8 * one[0]
     np.testing.assert_allclose(losses, one, rtol=0, atol=1e-5)
+    for got, want in zip(*map(jax.tree.leaves, (state.params, one_state.params)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("mesh", ["fsdp 8", "data 2 x fsdp 2 x tensor 2"])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_losses_and_parameters_equal_one_devices(steps_on, mesh: str):
+    assert_equal_one_devices(steps_on, MESHES[mesh], "gla")
+
+
+def test_a_hybrid_equals_one_device(steps_on):
+    assert_equal_one_devices(steps_on, MeshConfig(fsdp=4, sequence=2), "hybrid")
+
+
+@pytest.mark.parametrize("model", ["retention", "mamba"])
+def test_other_mixers_equal_one_device(steps_on, model: str):
+    """One step is enough to see a state or a gradient that is lost between shards."""
+    mesh = MeshConfig(sequence=4)
+    (loss, *_), (one, *_) = steps_on(mesh, model)[0], steps_on(MeshConfig(), model)[0]
+    assert abs(loss - one) < 1e-5
+
+
+@pytest.mark.parametrize("mesh", ["fsdp 8", "sequence 8", "data 2 x fsdp 2 x tensor 2"])
 def test_parameters_and_moments_lie_in_pieces(steps_on, mesh: str):
     _, state, _ = steps_on(MESHES[mesh])
-    pieces = MESHES[mesh].fsdp * MESHES[mesh].tensor
+    pieces = MESHES[mesh].fsdp * MESHES[mesh].tensor * MESHES[mesh].sequence
     total = held = 0
     for leaf in jax.tree.leaves((state.params, state.opt_state)):
         total += leaf.size
@@ -97,7 +128,7 @@ def test_no_token_array_is_gathered(steps_on, mesh: str):
     """q, k, v, log_alpha and every other activation stay where they are, forward and backward."""
     _, _, hlo = steps_on(MESHES[mesh])
     assert gathers_with_tokens(hlo) == []
-    if MESHES[mesh].fsdp > 1:
+    if MESHES[mesh].fsdp * MESHES[mesh].sequence > 1:
         assert "all-gather" in hlo, "parameters are gathered under fsdp: without any, the search finds nothing"
 
 
@@ -127,7 +158,7 @@ def test_a_gathered_operand_is_found(tiny_config, monkeypatch, operand: int):
         (MeshConfig(data=2, fsdp=2), "needs 4 devices and there are 8"),
         (MeshConfig(fsdp=3), "does not divide the 8 devices"),
         (MeshConfig(tensor=0), "mesh.tensor is 0"),
-        (MeshConfig(sequence=2), "mesh.sequence is 2"),
+        (MeshConfig(sequence=3), "does not divide the 8 devices"),
     ],
 )
 def test_a_mesh_must_fit_the_devices(mesh: MeshConfig, message: str):
@@ -151,6 +182,12 @@ def test_a_mesh_must_divide_heads_batch_and_parameters(tiny_config):
     check_divisible(mesh, model, config.data, 4)
     with pytest.raises(UserError, match=r"microbatches 3 = 6"):
         check_divisible(mesh, model, config.data, 3)
+    by_sequence = make_mesh(MeshConfig(sequence=8))
+    with pytest.raises(UserError, match=r"mesh.sequence 8 does not divide data.sequence_length 100"):
+        check_divisible(by_sequence, model, dataclasses.replace(config.data, sequence_length=100), 1)
+    with pytest.raises(UserError, match=r"mesh.sequence 8 leaves 2 tokens in a shard"):
+        convolved = dataclasses.replace(model, short_conv_width=4)
+        check_divisible(by_sequence, convolved, dataclasses.replace(config.data, sequence_length=16), 1)
     with use_mesh(mesh), pytest.raises(UserError, match=r"mesh.tensor 4 does not divide the vocab axis of embedding"):
         plan_and_trace(dataclasses.replace(config, model=dataclasses.replace(model, vocab_size=258)), mesh, 1)
 
@@ -167,4 +204,5 @@ def test_microbatches_keep_a_device_at_its_tokens(tiny_config):
     assert choose(24, 2048, MeshConfig(tensor=8)) == 2
     assert choose(8, 65536, MeshConfig(tensor=8)) == 8
     assert choose(16, 256, MeshConfig()) == 1
+    assert choose(8, 65536, MeshConfig(sequence=8)) == 2
     assert choose(256, 2048, MeshConfig(fsdp=8), given=4) == 4

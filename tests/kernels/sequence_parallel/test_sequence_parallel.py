@@ -48,11 +48,11 @@ def values_and_gradients(f, *inputs):
     return jax.jit(lambda *x: (f(*x), jax.grad(loss, arguments)(*x)))(*inputs)
 
 
-def assert_equal(sharded, plain, atol=2e-5):
+def assert_equal(sharded, plain):
     got, want = jax.tree.leaves(sharded), jax.tree.leaves(plain)
     assert len(got) == len(want)
     for x, y in zip(got, want, strict=True):
-        np.testing.assert_allclose(x, y, rtol=0, atol=atol)
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * max(1, np.max(np.abs(y))))
 
 
 def gates(kind):
@@ -108,32 +108,27 @@ def test_later_shards_change_nothing_before_them(mesh):
         assert np.all(np.any(np.asarray(gradient[:, :12]) != 0, (1, 2, 3)))
 
 
-@pytest.mark.parametrize("extras", [True, False])
-def test_selective_scan(mesh, documents, extras):
+def test_selective_scan(mesh, documents):
     E, N = 4, 3
     inputs = [normal(0, B, T, E), jax.nn.softplus(normal(1, B, T, E) - 2), -jnp.exp(normal(2, E, N))]
-    inputs += [normal(3, B, T, N), normal(4, B, T, N), normal(5, E)]
-    whole = PartitionSpec()
-    specs = [TOKENS, TOKENS, whole, TOKENS, TOKENS, whole]
-    if extras:
-        inputs, specs = [*inputs, normal(6, B, E, N)], [*specs, PartitionSpec("data")]
-    options = {"return_final_state": extras, "implementation": "reference"}
+    inputs += [normal(3, B, T, N), normal(4, B, T, N), normal(5, E), normal(6, B, E, N)]
+    whole, rows = PartitionSpec(), PartitionSpec("data")
+    specs = [TOKENS, TOKENS, whole, TOKENS, TOKENS, whole, rows]
+    options = {"return_final_state": True, "implementation": "reference"}
 
     def plain(*inputs):
-        *inputs, initial_state = inputs if extras else (*inputs, None)
-        documents_or_none = documents if extras else None
-        return selective_scan(*inputs, initial_state=initial_state, segment_ids=documents_or_none, **options)
+        *inputs, initial_state = inputs
+        return selective_scan(*inputs, initial_state=initial_state, segment_ids=documents, **options)
 
     def sharded(*inputs):
         def shard(documents, *inputs):
-            *inputs, initial_state = inputs if extras else (*inputs, None)
-            states = {"initial_state": initial_state, "segment_ids": documents if extras else None}
+            *inputs, initial_state = inputs
+            states = {"initial_state": initial_state, "segment_ids": documents}
             return selective_scan_over("sequence", *inputs, **states, **options)
 
-        outputs = (TOKENS, PartitionSpec("data")) if extras else TOKENS
-        return jax.shard_map(shard, mesh=mesh, in_specs=(TOKENS, *specs), out_specs=outputs)(documents, *inputs)
+        return jax.shard_map(shard, mesh=mesh, in_specs=(TOKENS, *specs), out_specs=(TOKENS, rows))(documents, *inputs)
 
-    assert_equal(values_and_gradients(sharded, *inputs), values_and_gradients(plain, *inputs), atol=5e-5)
+    assert_equal(values_and_gradients(sharded, *inputs), values_and_gradients(plain, *inputs))
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -180,8 +175,7 @@ def test_softmax_attention(mesh, documents, packed, window):
     assert_equal(values_and_gradients(sharded, *inputs), values_and_gradients(plain, *inputs))
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_bytes_do_not_depend_on_the_length(mesh, packed):
+def test_bytes_do_not_depend_on_the_length():
     """A forward and backward pass receives at most 2 (B H K V + B H K) 4 (N - 1) bytes, at T = 1K and at 16K."""
     H = K = 8
     mesh = jax.make_mesh((8,), ("sequence",), axis_types=(AxisType.Auto,))
@@ -193,9 +187,7 @@ def test_bytes_do_not_depend_on_the_length(mesh, packed):
 
         def loss(documents, *inputs):
             def shard(documents, *inputs):
-                operator = functools.partial(gated_linear_attention, implementation="xla")
-                documents = documents if packed else None
-                return linear_attention_over("sequence", operator, *inputs, segment_ids=documents)
+                return linear_attention_over("sequence", by_recurrence, *inputs, segment_ids=documents)
 
             sharded = jax.shard_map(shard, mesh=mesh, in_specs=(tokens,) * 5, out_specs=tokens)
             return sharded(documents, *inputs) ** 2
