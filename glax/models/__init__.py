@@ -1,7 +1,8 @@
 """Language models built from the layers, by a config."""
 
 from glax.models.config import ModelConfig
+from glax.models.decoder import Decoder, cast, decoder
 from glax.models.language_model import LanguageModel
 from glax.models.presets import PRESETS
 
-__all__ = ["PRESETS", "LanguageModel", "ModelConfig"]
+__all__ = ["PRESETS", "Decoder", "LanguageModel", "ModelConfig", "cast", "decoder"]
