@@ -10,7 +10,11 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from glax.errors import UserError
 from glax.inference.sampling import Sampling, sample
-from glax.models import LanguageModel
+from glax.inference.states import repeat_rows
+from glax.models import Decoder, LanguageModel
+
+Model = LanguageModel | Decoder
+State = list[Any]
 
 
 class Decoding(NamedTuple):
@@ -23,14 +27,14 @@ class Decoding(NamedTuple):
         key: of the random draws to come.
     """
 
-    state: list[Any]
+    state: State
     logits: Float[Array, "B vocab"]
     done: Bool[Array, "B"]
     key: PRNGKeyArray
 
 
 def generate(
-    model: LanguageModel,
+    model: Model,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"] | None = None,
     *,
@@ -40,17 +44,19 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     stop_token: int | None = None,
+    prefix: State | None = None,
 ) -> Int[Array, "B max_new_tokens"]:
     """Continue each prompt.
 
     Args:
-      model: the model.
+      model: the model, or ``glax.models.decoder`` of it, which is faster at GLA's steps.
       tokens: prompts, each from the start of its row; what follows is padding and has no influence.
       lengths: of the prompts, 1 to T; T when None.
       max_new_tokens: tokens to generate.
       temperature, top_k, top_p: see ``Sampling``. Temperature 0 takes the most likely token.
       seed: of the draws.
       stop_token: a row ends with it; the rest of the row is filled with it. None: no row ends early.
+      prefix: state after what stands before the prompts, see ``read_prefix``; one for each prompt, or one for all.
 
     Returns:
       the new tokens, int32.
@@ -62,31 +68,45 @@ def generate(
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
     _check_prompts(model, tokens, lengths)
-    decoding = start(model, tokens, lengths, max_new_tokens=max_new_tokens, seed=seed)
+    decoding = start(model, tokens, lengths, max_new_tokens=max_new_tokens, seed=seed, prefix=prefix)
     return advance(model, decoding, count=max_new_tokens, sampling=sampling, stop_token=stop_token)[0]
 
 
 @functools.partial(jax.jit, static_argnames="max_new_tokens")
 def start(
-    model: LanguageModel,
+    model: Model,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"] | None,
     *,
     max_new_tokens: int,
     seed: int | Int[Array, ""],
+    prefix: State | None = None,
 ) -> Decoding:
-    """Read the prompts, with room for ``max_new_tokens`` more where a state grows with them."""
+    """Read the prompts, with room for ``max_new_tokens`` more where a state grows with them.
+
+    ``prefix``, the state before the prompts, stays as it is; it must have been made with the room.
+    """
     batch, length = tokens.shape
-    state = model.init_state(batch, length + max_new_tokens)
+    if prefix is None:
+        state = model.init_state(batch, length + max_new_tokens)
+    else:
+        state = repeat_rows(model, prefix, batch)
     logits, state = model.prefill(tokens, state, lengths=lengths)
     return Decoding(state, logits, jnp.zeros(batch, bool), jax.random.key(seed))
 
 
-@functools.partial(jax.jit, static_argnames=("count", "sampling", "stop_token"))
+@functools.partial(jax.jit, static_argnames="room")
+def read_prefix(model: Model, tokens: Int[Array, "B T"], lengths: Int[Array, "B"] | None = None, *, room: int) -> State:
+    """The state after ``tokens``, to be gone on from many times. ``room``: tokens that may follow, prompts included."""
+    batch, length = tokens.shape
+    return model.read(tokens, model.init_state(batch, length + room), lengths=lengths)[1]
+
+
+@functools.partial(jax.jit, static_argnames=("count", "sampling", "stop_token"), donate_argnames="decoding")
 def advance(
-    model: LanguageModel, decoding: Decoding, *, count: int, sampling: Sampling, stop_token: int | None
+    model: Model, decoding: Decoding, *, count: int, sampling: Sampling, stop_token: int | None
 ) -> tuple[Int[Array, "B count"], Decoding]:
-    """The next ``count`` tokens, by one loop that ends early once all rows are done.
+    """The next ``count`` tokens, by one loop that ends early once all rows are done. ``decoding`` is used up.
 
     A second call goes on where the first one ended, with the draws that one longer call would have made.
     """
@@ -100,14 +120,21 @@ def advance(
     def step(carry):
         index, tokens, decoding = carry
         key, draw = jax.random.split(decoding.key)
-        token = jnp.where(decoding.done, filler, sample(decoding.logits, draw, sampling))
-        done = decoding.done if stop_token is None else decoding.done | (token == stop_token)
+        token = sample(decoding.logits, draw, sampling)
+        done = decoding.done
+        if stop_token is not None:
+            token = jnp.where(done, filler, token)
+            done |= token == stop_token
         logits, state = model.step(token, decoding.state)
         return index + 1, tokens.at[:, index].set(token), Decoding(state, logits, done, key)
 
-    tokens = jnp.full((batch, count), filler, jnp.int32)
-    _, tokens, decoding = jax.lax.while_loop(unfinished, step, (0, tokens, decoding))
-    return tokens, decoding
+    carry = (jnp.int32(0), jnp.full((batch, count), filler, jnp.int32), decoding)
+    if stop_token is None:
+        # The number of steps is known, so that a GPU need not ask the host after each.
+        carry = jax.lax.fori_loop(0, count, lambda _, carry: step(carry), carry)
+    else:
+        carry = jax.lax.while_loop(unfinished, step, carry)
+    return carry[1], carry[2]
 
 
 def _check_prompts(model, tokens, lengths):

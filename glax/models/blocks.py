@@ -179,3 +179,8 @@ class Stack(nnx.Module):
 
     def flops_per_token(self, length: int) -> float:
         return self.count * self.block.flops_per_token(length)
+
+
+def unstacked(tree: Any, count: int) -> list[Any]:
+    """The parameters, or the states, of each layer of a ``Stack``."""
+    return [jax.tree.map(lambda leaf, index=index: leaf[index], tree) for index in range(count)]

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from glax.layers import GatedLinearAttention
-from glax.models.blocks import Block, Stack
+from glax.models.blocks import Block, Stack, unstacked
 from glax.models.config import ModelConfig
 from glax.models.language_model import LanguageModel
 from kernels import gla_decode, matvec
@@ -78,21 +78,29 @@ class Decoder:
 
     def init_state(self, batch_size: int, max_length: int | None = None) -> list[Any]:
         """As ``LanguageModel.init_state``, by layers."""
-        return self._by_layer(self.model.init_state(batch_size, max_length))
+        return self.model.by_layer(self.model.init_state(batch_size, max_length))
+
+    def by_layer(self, state: list[Any]) -> list[Any]:
+        """The state: it has this form."""
+        return state
+
+    def by_element(self, state: list[Any]) -> list[Any]:
+        """The state from ``by_layer``: as it is."""
+        return state
 
     def read(
         self, tokens: Int[Array, "B T"], state: list[Any], *, lengths: Int[Array, "B"] | None = None
     ) -> tuple[Float[Array, "B T D"], list[Any]]:
         """As ``LanguageModel.read``."""
-        hidden, state = self.model.read(tokens, self._by_element(state), lengths=lengths)
-        return hidden, self._by_layer(state)
+        hidden, state = self.model.read(tokens, self.model.by_element(state), lengths=lengths)
+        return hidden, self.model.by_layer(state)
 
     def prefill(
         self, tokens: Int[Array, "B T"], state: list[Any], *, lengths: Int[Array, "B"] | None = None
     ) -> tuple[Float[Array, "B vocab"], list[Any]]:
         """As ``LanguageModel.prefill``."""
-        logits, state = self.model.prefill(tokens, self._by_element(state), lengths=lengths)
-        return logits, self._by_layer(state)
+        logits, state = self.model.prefill(tokens, self.model.by_element(state), lengths=lengths)
+        return logits, self.model.by_layer(state)
 
     def step(self, tokens: Int[Array, "B"], state: list[Any]) -> tuple[Float[Array, "B vocab"], list[Any]]:
         """One token of each row: the logits after it, float32, and the new state."""
@@ -103,24 +111,6 @@ class Decoder:
             after.append(new)
         eps = self.config.norm_eps
         return matvec(x, self.unembedding, norm_weight=self.norm, eps=eps, dtype=jnp.float32), after
-
-    def _by_layer(self, state):
-        layers = []
-        for element, of_element in zip(self.model.blocks, state, strict=True):
-            layers += _unstacked(of_element, element.count) if isinstance(element, Stack) else [of_element]
-        return layers
-
-    def _by_element(self, state):
-        elements, first = [], 0
-        for element in self.model.blocks:
-            if isinstance(element, Stack):
-                layers = state[first : first + element.count]
-                elements.append(jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))
-                first += element.count
-            else:
-                elements.append(state[first])
-                first += 1
-        return elements
 
 
 def cast(model: LanguageModel, dtype: DTypeLike) -> LanguageModel:
@@ -141,7 +131,7 @@ def decoder(model: LanguageModel) -> Decoder:
     model = cast(model, model.config.dtype)
     blocks = []
     for element in model.blocks:
-        layers = _unstacked(element.block, element.count) if isinstance(element, Stack) else [element]
+        layers = unstacked(element.block, element.count) if isinstance(element, Stack) else [element]
         blocks += [_packed(block) if _is_packable(block) else block for block in layers]
     matrix = model.embedding[...] if model.lm_head is None else model.lm_head.kernel[...].T
     return Decoder(model, blocks, model.norm.weight[...], matrix)
@@ -174,9 +164,3 @@ def _packed(block: Block) -> GLABlock:
 
 def _rows(*linears) -> Float[Array, "out in"]:
     return jnp.concatenate([linear.kernel[...].T for linear in linears])
-
-
-def _unstacked(tree, count) -> list[Any]:
-    return [jax.tree.map(lambda leaf, index=index: leaf[index], tree) for index in range(count)]
-
-

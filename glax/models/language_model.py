@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from glax.layers import Linear, RMSNorm, constrain, parameter
-from glax.models.blocks import Block, Stack
+from glax.models.blocks import Block, Stack, unstacked
 from glax.models.config import ModelConfig
 
 
@@ -62,6 +62,24 @@ class LanguageModel(nnx.Module):
         window, which raises ValueError for None. All other states have one size for any length.
         """
         return [block.init_state(batch_size, max_length) for block in self.blocks]
+
+    def by_layer(self, state: list[Any]) -> list[Any]:
+        """A state with an entry for each layer, whether or not they are stacked here."""
+        layers = []
+        for element, of_element in zip(self.blocks, state, strict=True):
+            layers += unstacked(of_element, element.count) if isinstance(element, Stack) else [of_element]
+        return layers
+
+    def by_element(self, layers: list[Any]) -> list[Any]:
+        """The inverse of ``by_layer``."""
+        state, first = [], 0
+        for element in self.blocks:
+            count = element.count if isinstance(element, Stack) else 1
+            mine = layers[first : first + count]
+            stacked = isinstance(element, Stack)
+            state.append(jax.tree.map(lambda *leaves: jnp.stack(leaves), *mine) if stacked else mine[0])
+            first += count
+        return state
 
     def read(
         self,

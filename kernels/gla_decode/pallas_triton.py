@@ -21,6 +21,7 @@ def unsupported(projected, state, *, widths, platform) -> str | None:
     return None
 
 
+@functools.partial(jax.jit, static_argnames=("widths", "temperature", "clamp_min", "interpret"))
 def gla_decode(projected, gate_up, gate_bias, state, *, widths, temperature, clamp_min, interpret=False):
     """As in `kernels.gla_decode`."""
     batch = state.shape[0]

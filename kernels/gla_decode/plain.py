@@ -11,9 +11,7 @@ def unsupported(projected, state, *, widths, platform) -> str | None:
 def gla_decode(projected, gate_up, gate_bias, state, *, widths, temperature, clamp_min):
     """As in `kernels.gla_decode`."""
     batch, heads, groups = state.shape[0], widths.heads, widths.groups
-    q, k, v, low = (
-        projected[:, start:end] for start, end in zip(widths.offsets[:-1], widths.offsets[1:], strict=True)
-    )
+    q, k, v, low = (projected[:, start:end] for start, end in zip(widths.offsets[:-1], widths.offsets[1:], strict=True))
     logits = jnp.dot(low, gate_up, preferred_element_type=jnp.float32) + gate_bias.astype(jnp.float32)
     log_alpha = jax.nn.log_sigmoid(logits) / temperature
     if clamp_min is not None:

@@ -10,7 +10,7 @@ from jax.experimental.pallas import triton as plt
 MAX_BATCH = 8  # beyond it the matrix units are faster, and XLA's products use them
 ROWS = 4
 WARPS = 4
-LONGEST = 4096  # elements of a row that a program holds at a time
+LONGEST = 2048  # elements of a row that a program holds at a time
 
 
 def unsupported(x, weight, *, norm_weight, gate, residual, swiglu, platform) -> str | None:
@@ -27,6 +27,7 @@ def unsupported(x, weight, *, norm_weight, gate, residual, swiglu, platform) -> 
     return None
 
 
+@functools.partial(jax.jit, static_argnames=("swiglu", "eps", "dtype", "interpret"))
 def matvec(x, weight, *, norm_weight, gate, residual, swiglu, eps, dtype, interpret=False):
     """As in `kernels.matvec`."""
     batch, width = x.shape
