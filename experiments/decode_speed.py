@@ -84,7 +84,7 @@ def median_seconds(run: Callable[[], Any], rounds: int) -> float:
 
 def step_bytes(model: LanguageModel, batch: int) -> tuple[int, int]:
     """Bytes of the weights that a step reads (an embedding is one row of its table), and of its states, once."""
-    arrays = [leaf for leaf in jax.tree.leaves(model)]
+    arrays = jax.tree.leaves(model)
     weights = sum(leaf.nbytes for leaf in arrays)
     if model.lm_head is not None:
         weights -= model.embedding[...].nbytes

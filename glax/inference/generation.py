@@ -87,10 +87,8 @@ def start(
     ``prefix``, the state before the prompts, stays as it is; it must have been made with the room.
     """
     batch, length = tokens.shape
-    if prefix is None:
-        state = model.init_state(batch, length + max_new_tokens)
-    else:
-        state = repeat_rows(model, prefix, batch)
+    fresh = prefix is None
+    state = model.init_state(batch, length + max_new_tokens) if fresh else repeat_rows(model, prefix, batch)
     logits, state = model.prefill(tokens, state, lengths=lengths)
     return Decoding(state, logits, jnp.zeros(batch, bool), jax.random.key(seed))
 
