@@ -139,7 +139,8 @@ def decoder(model: LanguageModel) -> Decoder:
 
 def _is_packable(block: Block) -> bool:
     mixer = block.mixer
-    return isinstance(mixer, GatedLinearAttention) and mixer.q_conv is None and mixer.feature_map is None
+    plain = isinstance(mixer, GatedLinearAttention) and mixer.q_conv is None and mixer.feature_map is None
+    return plain and mixer.gate == "channel"
 
 
 def _packed(block: Block) -> GLABlock:
