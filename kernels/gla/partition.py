@@ -20,7 +20,7 @@ def shard_over_batch_and_heads(fn: Callable, inputs: Sequence[str], outputs: Seq
     for keys, "B H K V" for states, "B T" for segment ids. B, and with it H and G (H a multiple of G, query head h
     reading group h // (H / G)), stay as sharded as the first input is, as far as their sizes divide; where H is sharded
     more ways than G divides, heads are gathered first, since a device then has no whole group. Every other axis is
-    gathered.
+    gathered. An output with neither H nor G is a sum over heads: each device's part is added to the others'.
 
     Vmapped axes become part of B. There is no derivative: call it inside the forward and backward rules of a
     custom_vjp.
@@ -35,7 +35,11 @@ def shard_over_batch_and_heads(fn: Callable, inputs: Sequence[str], outputs: Seq
             names = {"B": batch, "H": heads, "G": heads}
             return NamedSharding(mesh, PartitionSpec(*(names.get(axis) for axis in axes)))
 
-        return mesh, lambda *arrays: tuple(fn(*arrays)), tuple(map(sharding, outputs)), tuple(map(sharding, inputs))
+        def shard(*arrays):
+            parts = zip(fn(*arrays), outputs, strict=True)
+            return tuple(x if heads is None or {"H", "G"} & set(axes) else jax.lax.psum(x, heads) for x, axes in parts)
+
+        return mesh, shard, tuple(map(sharding, outputs)), tuple(map(sharding, inputs))
 
     partitioned.def_partition(partition, sharding_rule=lambda mesh, arrays, results: _rule(inputs, outputs, arrays))
 

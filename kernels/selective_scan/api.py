@@ -9,6 +9,7 @@ from ..gla.recurrence import state_dtype
 from . import recurrence
 
 IMPLEMENTATIONS = {  # as `kernels.dispatch` says
+    "mosaic_gpu": "kernels.selective_scan.mosaic_gpu",
     "xla": "kernels.selective_scan.chunked",
     "reference": "kernels.selective_scan.recurrence",
 }
@@ -41,7 +42,8 @@ def selective_scan(
       segment_ids: int32. The state restarts from zero wherever the id changes along T; `initial_state` belongs to the
         first segment of a row, the final state to its last.
       return_final_state: also return h_T, float32.
-      implementation: "xla", "reference", or None for the fastest that supports this call on this device; see `choose`.
+      implementation: "mosaic_gpu", "xla", "reference", or None for the fastest that supports this call on this
+        device; see `choose`.
 
     x, dt, B and C may each be bfloat16, float16 or float32; exponents, sums and states are float32.
 
