@@ -159,10 +159,7 @@ def backward(x, dt, A, B, C, D, dy, states, *, final_gradient=None, starts=None,
 
             return carry
 
-        if has_final:
-            g = load(final_g.at[row, channels], STATE)
-        else:
-            g = zeros((CHANNELS, STATES), STATE)
+        g = load(final_g.at[row, channels], STATE) if has_final else zeros((CHANNELS, STATES), STATE)
         carry = g, zeros((CHANNELS, STATES), STATE), zeros((CHANNELS,), CHANNEL)
         g, dA, dD = lax.fori_loop(0, chunks, tile, carry)
         initial_g[row, channels] = g

@@ -1,4 +1,4 @@
-"""Sums over the channels of a block, of two kinds of terms per token: what threads that own a channel each cannot do alone.
+"""Sums over the channels of a block, of two kinds of terms per token: what threads with a channel each cannot do alone.
 
 Threads write the terms of two tokens, a row of 64 per channel, to shared memory in bf16. The transpose of that times a
 [CHANNELS, 8] matrix of ones in one column, zeros elsewhere, adds their sums in float32 to that column of an accumulator

@@ -1,8 +1,8 @@
 """The forward walk: the states of 128 channels in registers, over the tokens of one row.
 
 One block of threads owns one (row, 128 channels). A thread owns a channel and all its states, so a token costs it, per
-state, one exponential and four multiply-adds, and nothing is exchanged. TMA brings tiles of CHUNK tokens of x, dt, B, C,
-`STAGES` ahead. A forward that will be differentiated writes the state entering each `SAVED` tokens.
+state, one exponential and four multiply-adds, and nothing is exchanged. TMA brings tiles of CHUNK tokens of x, dt, B,
+C, STAGES ahead. A forward that will be differentiated writes the state entering each SAVED tokens.
 """
 
 import jax
@@ -106,10 +106,8 @@ def forward(x, dt, A, B, C, D, *, initial_state=None, starts=None, save_states=F
 
             return h
 
-        if has_state:
-            h = load(initial_g.at[row, channels], STATE)
-        else:
-            h = plgpu.layout_cast(jnp.zeros((CHANNELS, STATES), F32), STATE)
+        zeros = plgpu.layout_cast(jnp.zeros((CHANNELS, STATES), F32), STATE)
+        h = load(initial_g.at[row, channels], STATE) if has_state else zeros
         final_g[row, channels] = lax.fori_loop(0, chunks, walk, h)
 
     state = jax.ShapeDtypeStruct((rows, E, STATES), F32)

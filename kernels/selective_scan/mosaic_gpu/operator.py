@@ -1,4 +1,4 @@
-"""`implementation="mosaic_gpu"`: the two walks behind a custom derivative, with padding and partitioning around them."""
+"""`implementation="mosaic_gpu"`: the two walks behind a custom derivative, padding and partitioning around them."""
 
 import functools
 
