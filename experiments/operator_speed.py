@@ -5,7 +5,7 @@ selective scan stands beside the floor (and beside jax-linear-attention's `mamba
 retention beside gated linear attention at the same shape. A case that fails is a row with its error.
 
 Time is the median over rounds in which all implementations of a case take turns. Forward + backward returns the output
-and every gradient for a given gradient of the output. Memory is temporaries and outputs, from the compiled program's own
+and every gradient for a given gradient of the output. Memory is temporaries and outputs, from the compiled program's
 account. The floor reads each input once and writes each output once at the device's copy speed; for the scan it is also
 the time that its exponentials take, 16 per clock and multiprocessor, one per state and token forward and two backward.
 Errors are relative RMS, of the first tokens of one row, against the recurrence in float64 on the same inputs.

@@ -5,8 +5,8 @@ With g_t the gradient of h_t and a_t = exp(dt_t A):
     g_t = C_t dy_t + a_{t+1} g_{t+1}        d(dt x)_t = sum over states of g_t B_t        d(dt A)_t = g_t a_t h_{t-1}
 
 A tile of CHUNK tokens starts from the state that the forward saved there. Its states are made once more in two steps: a
-walk over the tile that keeps, in shared memory, the state entering every pair of tokens; then, from the last pair to the
-first, both tokens with their states and decays in registers, and back over them with g.
+walk over the tile that keeps, in shared memory, the state entering every pair of tokens; then, from the last pair to
+the first, both tokens with their states and decays in registers, and back over them with g.
 
 dB_t and dC_t are sums over channels, of g dt x and of h dy: `channel_sums` takes them. Each block of channels leaves a
 part for the caller to add: no atomics, so the same inputs give the same bits.
