@@ -66,7 +66,7 @@ class Task:
 
 
 TASKS = {
-    "small": Task(vocabulary=64, length=32, pairs=4, batch=64, steps=600, train_examples=20_000, test_examples=1_024),
+    "small": Task(vocabulary=32, length=16, pairs=3, batch=64, steps=800, train_examples=20_000, test_examples=1_024),
     "l256": Task(vocabulary=8192, length=256, pairs=16, batch=256, steps=64 * 391),
     "l512": Task(vocabulary=8192, length=512, pairs=64, batch=128, steps=64 * 782),
 }
@@ -86,7 +86,7 @@ class Arguments:
     """Comma-separated widths of the residual stream."""
 
     learning_rates: str | None = None
-    """Comma-separated peak learning rates. None: 0.01 for small, else the paper's four."""
+    """Comma-separated peak learning rates. None: 0.002 for small, else the paper's four."""
 
     seeds: int = 1
     """Runs of each learning rate; they differ in initial parameters and in batches."""
@@ -217,7 +217,7 @@ def sweep(model: str, width: int, task: Task, arguments: Arguments, data: tuple[
 
 def learning_rates(arguments: Arguments) -> tuple[float, ...]:
     if arguments.learning_rates is None:
-        return (1e-2,) if arguments.task == "small" else PAPER_RATES
+        return (2e-3,) if arguments.task == "small" else PAPER_RATES
     return tuple(_numbers(arguments.learning_rates, float, "learning_rates"))
 
 

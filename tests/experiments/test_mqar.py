@@ -55,3 +55,38 @@ def test_examples_depend_on_the_seed_alone():
     first, again, other = (examples(seed, 16, WIDE).tokens for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert np.any(np.asarray(first) != np.asarray(other))
+
+
+def test_the_default_sweep_learns_and_resumes(tmp_path, capsys):
+    """At two thirds of its steps: recall goes from one answer in sixteen to most; a second start trains nothing."""
+    command = ["--steps", "500", "--results", str(tmp_path)]
+    assert main(command) == 0
+    content = json.loads((tmp_path / "mqar.json").read_text())
+    [row] = content["rows"]
+    assert row["model"] == "gla" and row["best_learning_rate"] == 2e-3
+    assert row["curve"][0]["accuracy"][0][0] < 0.6 and row["best_accuracy"] > 0.8
+    assert {"commit", "versions", "device"} <= content["ran_on"][row["ran_on"]].keys()
+    assert (tmp_path / "mqar.png").exists() and not list(tmp_path.glob("*.npz"))
+    said = capsys.readouterr().out
+    assert "step 100/500" in said
+
+    assert main(command) == 0
+    assert "step 100/500" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "mqar.json").read_text())["rows"] == content["rows"]
+    assert main([*command, "--seeds", "2"]) == 2
+    assert "seeds is 1 there and 2 here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--models", "gla,lstm"], 'models has "lstm": choose from gla, retnet'),
+        (["--widths", "wide"], 'widths is "wide"'),
+        (["--widths", "33"], "whole multiple of num_heads 2"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
+    assert main([*arguments, "--results", str(tmp_path / "results")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not (tmp_path / "results").exists()

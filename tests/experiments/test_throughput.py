@@ -1,0 +1,50 @@
+"""Throughput of small models: rows add up, and what cannot run is a row that says so."""
+
+import json
+
+import jax
+import pytest
+import throughput
+from throughput import main
+
+from glax.models import PRESETS
+from glax.training.utilization import PEAK_FLOPS
+
+
+def test_rows(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(PEAK_FLOPS, jax.devices()[0].device_kind, 1e12)
+    command = ["--models", "gla-tiny,retnet-tiny", "--shapes", "32x2", "--implementations", "fastest,mosaic_gpu"]
+    command += ["--steps", "2", "--parts", "--results", str(tmp_path)]
+    assert main(command) == 0
+    content = json.loads((tmp_path / "throughput.json").read_text())
+    rows = {(row["model"], row["implementation"]): row for row in content["rows"]}
+    assert len(rows) == 4
+    for model in ("gla-tiny", "retnet-tiny"):
+        row = rows[model, "fastest"]
+        assert row["tokens_per_second"] == pytest.approx(64 / (row["step_ms"] / 1e3), rel=1e-3)
+        flops = PRESETS[model].flops_per_token(32)
+        assert row["mfu"] == pytest.approx(flops * row["tokens_per_second"] / 1e12, abs=1e-4)
+        # Parameters, two moments and as many gradients at the least.
+        assert row["peak_gib"] * 2**30 >= 3.9 * 4 * row["parameters"]
+        assert row["parts_ms"].keys() == {"operator", "mixer", "mlp", "block", "loss", "optimizer"}
+        assert min(row["parts_ms"].values()) > 0
+    assert rows["gla-tiny", "mosaic_gpu"]["error"].startswith("NotImplementedError: implementation 'mosaic_gpu'")
+    assert (tmp_path / "throughput.png").exists()
+
+    said = capsys.readouterr().out
+    monkeypatch.setattr(throughput, "measure", None)  # a second start measures nothing
+    assert main(command) == 0
+    assert capsys.readouterr().out.splitlines()[0] == said.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--models", "gla-9b"], 'models has "gla-9b": choose from gla-340m'),
+        (["--models", "gla-tiny", "--shapes", "2048"], 'shapes has "2048": give LENGTHxBATCH'),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
+    assert main([*arguments, "--results", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
