@@ -4,7 +4,7 @@ import jax
 import mqar
 import numpy as np
 import pytest
-from mqar import TASKS, Task, examples
+from mqar import TASKS, Task, examples, main
 
 WIDE = Task(vocabulary=64, length=40, pairs=4, batch=8, steps=1)
 
