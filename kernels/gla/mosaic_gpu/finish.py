@@ -9,9 +9,13 @@ after it, and dP = do v^T:
 
     dlog_alpha_t = sum over i >= t in the chunk of (q dq - k dk) + sum over v of S' dS'
 
-with S' and dS' at the end of the chunk. That last term follows from chunk to chunk by the same sum, but rounding would
-pile up along the sequence: every ANCHOR chunks it is taken anew from the states themselves (`walk`'s snapshots). Pairs
-within the chunk are rounded alike on both sides, the diagonal left out, so that they cancel where they have to.
+with S' and dS' at the end of the chunk. Added up that way along the sequence, rounding would pile up; here pairs are
+added up by where they lie:
+
+    j in the chunk, i in the chunk    sum over i >= t of (q dq - k dk), rounded alike on both sides, no diagonal
+    j before it,    i in the chunk    sum over i >= t of q~ dq~
+    j in the chunk, i after it        sum over j < t of k~ dk~
+    j before it,    i after it        decay sum over v of S dS, the same for every t: `across`
 """
 
 import functools
@@ -27,7 +31,7 @@ from .prepare import anchor_matrix, level_pairs
 from .warpgroup import BF16, COLUMN, F32, ROW, TILE, WGMMA, Products, along_columns, along_rows, iota, load, pin, shared
 
 STAGES = 2
-ANCHOR = 8  # chunks between two fresh starts of the sum over S dS, walked by one block of threads
+CHUNKS = 8  # of one head, worked through by one block of threads
 TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 
 
@@ -106,37 +110,36 @@ def pair_gradients(do, v, *, documents=None, interpret=None):
     )(do, v, *((documents,) if packed else ()))
 
 
-def finish(q, k, log_alpha, pairs, diagonal, dq_carried, dk_carried, ends, *, scale, documents=None, interpret=None):
+def finish(q, k, log_alpha, pairs, diagonal, dq_carried, dk_carried, across, *, scale, documents=None, interpret=None):
     """dq, dk, dlog_alpha: [B, T, H, K] bf16, per query head.
 
     Args:
       q [B, T, H, K], k and log_alpha [B, T, G, K]: bf16, as `prepare` had them.
       pairs, diagonal: of `pair_gradients`.
       dq_carried, dk_carried: [., B, T, H, K] bf16, the parts of dq~ and dk~, to be added up.
-      ends: [B, H, ceil(T / 64 / ANCHOR), K] float32, sum over v of S dS after every ANCHOR chunks and at the end.
+      across: [B, H, T / 64, K] float32, what pairs around the whole chunk give to its gates.
       scale, documents: as in `prepare`.
     """
     B, T, H, K = q.shape
     chunks, slices, group = T // CHUNK, K // 64, H // k.shape[2]
-    segments, parts = ends.shape[2], dq_carried.shape[0]
+    blocks, parts = -(-chunks // CHUNKS), dq_carried.shape[0]
     packed, interpreted = documents is not None, interpret is not None
 
     def kernel(*refs):
         refs = list(refs)
-        q_g, k_g, g_g, pairs_g, diagonal_g, dq_carried_g, dk_carried_g, ends_g, constants_g = refs[:9]
+        q_g, k_g, g_g, pairs_g, diagonal_g, dq_carried_g, dk_carried_g, across_g, constants_g = refs[:9]
         del refs[:9]
         reached_g, reaching_g, goes_on_g = (refs.pop(0), refs.pop(0), refs.pop(0)) if packed else (None,) * 3
         dq_g, dk_g, dg_g, q_s, k_s, g_s, pairs_s, highs, lows, constants_s = refs[:10]
-        worst_s, before_s, after_s, end_s, zero_s, arrived, ready, *rest = refs[10:]
+        worst_s, before_s, after_s, zero_s, arrived, ready, *rest = refs[10:]
         product = Products(rest.pop(0) if interpreted else None)
 
         index = lax.axis_index("block")
-        segment, index = index % segments, index // segments
+        block, index = index % blocks, index // blocks
         h, b = index % H, index // H
-        g = h // group
-        last = jnp.minimum((segment + 1) * ANCHOR, chunks) - 1
-        steps = (last + 1 - segment * ANCHOR) * slices
-        place = lambda step: (last - lax.div(step, slices), lax.rem(step, slices))
+        g, first = h // group, block * CHUNKS
+        steps = jnp.minimum(CHUNKS, chunks - first) * slices
+        place = lambda step: (first + lax.div(step, slices), lax.rem(step, slices))
         row, column = lambda: iota(0) + zero_s[0], lambda: iota(1) + zero_s[0]
 
         def fetch(step):
@@ -151,7 +154,6 @@ def finish(q, k, log_alpha, pairs, diagonal, dq_carried, dk_carried, ends, *, sc
         zero_s[0] = jnp.int32(0)
         for start, target, size in ((0, 0, 64), (PREFIX, 64, 64), (FIRST, 128, 16)):
             plgpu.copy_gmem_to_smem(constants_g.at[pl.ds(start, size)], constants_s.at[pl.ds(target, size)], ready)
-        plgpu.copy_gmem_to_smem(ends_g.at[b, h, segment], end_s, ready)
         fetch(0)
         plgpu.barrier_wait(ready)
         around_middle, up_to, halves = (constants_s.at[pl.ds(*at)] for at in ((0, 64), (64, 64), (128, 16)))
@@ -187,14 +189,6 @@ def finish(q, k, log_alpha, pairs, diagonal, dq_carried, dk_carried, ends, *, sc
             def masked_pairs(mask):
                 return jnp.where(mask, load(pairs_c).astype(F32), 0.0).astype(BF16)
 
-            def limbs(x):
-                high = x.astype(BF16)
-                high_s[...], low_s[...] = high, (x - high.astype(F32)).astype(BF16)
-                plgpu.commit_smem()
-
-            def total(ref, start=0, rows=8):
-                """Sum over tokens, per channel. [64]."""
-
             D = product(around_middle, g_c, TILE)
             worst_s[...] = beyond_limit(D)
             plgpu.commit_smem()
@@ -210,16 +204,16 @@ def finish(q, k, log_alpha, pairs, diagonal, dq_carried, dk_carried, ends, *, sc
                 change = load(high_s).astype(F32) * of_q
                 from_before = reached(carried(dq_carried_g)) * along_columns(load(before_s, COLUMN), TILE)
                 weight = jnp.exp(product(around_middle, g_c, TILE))
-                crossing = raw_q() * (from_before * weight)
+                change = change + raw_q() * (from_before * weight)
                 dq = (of_q + from_before) * weight * scale + diagonal() * raw_k() * scale
-                change, crossing, dq = pin(change), pin(crossing), pin(dq.astype(BF16))
+                change, dq = pin(change), pin(dq.astype(BF16))
                 of_k = product(masked_pairs(column() > row()), high_s, TILE)
                 change = change - load(low_s).astype(F32) * of_k
                 from_after = reaching(carried(dk_carried_g)) * along_columns(load(after_s, COLUMN), TILE)
                 weight = jnp.exp(-product(around_middle, g_c, TILE))
-                crossing = crossing - raw_k() * (from_after * weight)
+                later = raw_k() * (from_after * weight)
                 dk = (of_k + from_after) * weight + diagonal() * raw_q()
-                return dq, pin(dk.astype(BF16)), pin(change), pin(crossing)
+                return dq, pin(dk.astype(BF16)), pin(change), pin(later.astype(BF16))
 
             def tiers_2_and_3():
                 g_c[...] = jnp.maximum(load(g_c), jnp.asarray(FLOOR, BF16))
@@ -228,28 +222,26 @@ def finish(q, k, log_alpha, pairs, diagonal, dq_carried, dk_carried, ends, *, sc
                 ones = lambda mask: jnp.where(mask, 1.0, 0.0).astype(BF16)
                 weight = jnp.exp(product(ones(column() <= row()), g_c, TILE))
                 from_before = reached(carried(dq_carried_g)) * weight
-                crossing = pin(raw_q() * from_before)
+                change = pin(change + raw_q() * from_before)
                 dq = pin(((dq + from_before + diagonal() * raw_k()) * scale).astype(BF16))
                 weight = jnp.exp(product(ones(column() > row()), g_c, TILE))
                 from_after = reaching(carried(dk_carried_g)) * weight
-                crossing = pin(crossing - raw_k() * from_after)
+                later = (raw_k() * from_after).astype(BF16)
                 dk = (dk + from_after + diagonal() * raw_q()).astype(BF16)
-                return dq, dk, change, crossing
+                return dq, dk, change, later
 
-            dq, dk, change, crossing = lax.cond(within, tier_1, tiers_2_and_3)
+            dq, dk, change, later = lax.cond(within, tier_1, tiers_2_and_3)
             q_c[...], k_c[...] = dq, dk
-            # Sums from a token to the chunk's end are products with ones, of two bf16 limbs, since their terms cancel.
-            limbs(change)
+            # Sums within the chunk are products with ones, in two bf16 limbs where terms of both signs cancel.
+            high = change.astype(BF16)
+            high_s[...], low_s[...] = high, (change - high.astype(F32)).astype(BF16)
+            plgpu.commit_smem()
             dg = product.total([(up_to.T, high_s), (up_to.T, low_s)], TILE)
-            dg = dg + along_columns(load(end_s.at[channels], COLUMN), TILE)
-            limbs(crossing)
-            dg = product.total([(up_to.T, high_s), (up_to.T, low_s)], TILE, onto=dg)
-            ones = up_to.at[pl.ds(56, 8)]  # its last row is all ones
-            moved = product.total([(high_s.T, ones.T), (low_s.T, ones.T)], (64, 8))
-            moved = jnp.sum(jnp.where(plgpu.broadcasted_iota(jnp.int32, (64, 8), 1, layout=WGMMA) == 7, moved, 0.0), axis=1)
-            end = end_s.at[channels]
+            high_s[...] = later
+            plgpu.commit_smem()
+            dg = product(jnp.where(column() < row(), 1.0, 0.0).astype(BF16), high_s, TILE, onto=dg)
+            dg = dg + along_columns(load(across_g.at[b, h, chunk, channels], COLUMN, optimized=False), TILE)
             dg = lax.cond(within, lambda: dg, lambda: jnp.where(load(g_c).astype(F32) > FLOOR, dg, 0.0))
-            end[...] = load(end, ROW) + moved
             g_c[...] = goes_on(dg).astype(BF16)
             plgpu.commit_smem()
             for tile, out in ((q_c, dq_g), (k_c, dk_g), (g_c, dg_g)):
@@ -261,15 +253,15 @@ def finish(q, k, log_alpha, pairs, diagonal, dq_carried, dk_carried, ends, *, sc
 
     tile = lambda: shared((STAGES, CHUNK, 64))
     scratch = [tile(), tile(), tile(), tile(), shared((1, CHUNK, 64)), shared((1, CHUNK, 64)), shared((144, 64))]
-    scratch += [plgpu.SMEM((64,), F32)] * 3 + [plgpu.SMEM((K,), F32), plgpu.SMEM((1,), jnp.int32)]
-    scratch += [plgpu.Barrier(num_arrivals=4, num_barriers=STAGES), plgpu.Barrier(num_arrivals=4)]
+    scratch += [plgpu.SMEM((64,), F32)] * 3 + [plgpu.SMEM((1,), jnp.int32)]
+    scratch += [plgpu.Barrier(num_arrivals=4, num_barriers=STAGES), plgpu.Barrier(num_arrivals=3)]
     scratch += [shared(TILE)] if interpreted else []
-    operands = [q, k, log_alpha, pairs, diagonal, dq_carried, dk_carried, ends, constant_rows()]
+    operands = [q, k, log_alpha, pairs, diagonal, dq_carried, dk_carried, across, constant_rows()]
     return plgpu.kernel(
         kernel,
         out_type=[jax.ShapeDtypeStruct((B, T, H, K), BF16)] * 3,
         scratch_types=scratch,
-        grid=(B * H * segments,),
+        grid=(B * H * blocks,),
         grid_names=("block",),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **({"interpret": interpret} if interpreted else {}),

@@ -58,6 +58,7 @@ def walk(
     read=None,
     P=None,
     entering=None,
+    totals_with=None,
     snapshot_every: int = 0,
     snapshots=None,
     interpret=None,
@@ -72,12 +73,14 @@ def walk(
       P: [B, heads, T / 64, 64, 64] bf16 (i, j), weights within the chunk, or None: out gets P left going forward,
         P^T left going backward.
       entering: [B, heads, pieces, M, N] float32, the state that enters each piece (in walking order), or None for 0.
+      totals_with: [B, T, ., M] bf16, to be multiplied with out and summed over the tokens of each chunk; or None.
       snapshot_every: a number of chunks A. Going forward, the states before chunks A, 2A, ... are kept. Going
         backward, `snapshots` are those states, and their products with the gradients there are summed over N.
 
     Returns:
       out [N / tiles.columns, B, T, heads, M] bf16, a part per block of columns (absent without `read`);
       leaving [B, heads, pieces, M, N] float32;
+      with `totals_with`, [N / tiles.columns, B, heads, T / 64, M] float32;
       with `snapshot_every`, [B, heads, ceil(T / 64 / A) - 1, M, N] bf16 going forward, and going backward
       [N / tiles.columns, B, heads, ceil(T / 64 / A) - 1, M] float32.
     """
@@ -97,15 +100,18 @@ def walk(
         del refs[:3]
         read_g = refs.pop(0) if reads else None
         P_g = refs.pop(0) if P is not None else None
+        totals_with_g = refs.pop(0) if totals_with is not None else None
         entering_g = refs.pop(0) if entering is not None else None
         snapshots_g = refs.pop(0) if kept and reverse else None
         out_g = refs.pop(0) if reads else None
         leaving_g = refs.pop(0)
+        totals_g = refs.pop(0) if totals_with is not None else None
         kept_g = refs.pop(0) if kept else None
         left_s, right_s, decay_s, full, free = refs[:5]
         del refs[:5]
         read_s = refs.pop(0) if reads else None
         P_s = refs.pop(0) if P is not None else None
+        totals_with_s = refs.pop(0) if totals_with is not None else None
         out_s = refs.pop(0) if reads else None
         spare = refs.pop(0) if interpreted else None
 
@@ -136,6 +142,8 @@ def walk(
                 copy(left_g.at[b, tokens, head_of(left, h), rows], left_s)
                 if P is not None:
                     copy(P_g.at[b, h, chunk_of(step)], P_s)
+                if totals_with is not None:
+                    copy(totals_with_g.at[b, tokens, head_of(totals_with, h), rows], totals_with_s)
                 copy(right_g.at[b, tokens, head_of(right, h), columns], right_s)
                 of_decay = rows if by_rows else columns
                 copy(decay_g.at[b, head_of(decay, h, 1), chunk_of(step), of_decay], decay_s)
@@ -182,6 +190,10 @@ def walk(
                     def store():
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                         out_s.at[w].T[...] = plgpu.layout_cast(out.astype(BF16), TRANSPOSED)
+                        if totals_with is not None:
+                            other = load(totals_with_s.at[slot, :, own].T, TRANSPOSED)
+                            total = jnp.sum(out * plgpu.layout_cast(other, WGMMA).astype(F32), axis=1)
+                            totals_g.at[column_block, b, h, chunk, own_rows][...] = total
                         plgpu.commit_smem()
                         plgpu.copy_smem_to_gmem(out_s.at[w], out_g.at[column_block, b, tokens, h, own_rows])
 
@@ -225,7 +237,7 @@ def walk(
         shared((stages, CHUNK, tiles.rows)),
         shared((stages, CHUNK, NB)),
         plgpu.SMEM((stages, tiles.rows if by_rows else NB), F32),
-        plgpu.Barrier(num_arrivals=3 + reads + (P is not None), num_barriers=stages),
+        plgpu.Barrier(num_arrivals=3 + reads + (P is not None) + (totals_with is not None), num_barriers=stages),
         plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
     ]
     if reads:
@@ -235,9 +247,14 @@ def walk(
     if P is not None:
         operands.append(P)
         scratch.append(shared((stages, CHUNK, CHUNK)))
+    if totals_with is not None:
+        operands.append(totals_with)
+        scratch.append(shared((stages, CHUNK, tiles.rows)))
     if entering is not None:
         operands.append(entering)
     out_type.append(jax.ShapeDtypeStruct((B, heads, pieces, M, N), F32))
+    if totals_with is not None:
+        out_type.append(jax.ShapeDtypeStruct((column_blocks, B, heads, chunks, M), F32))
     if kept and reverse:
         operands.append(snapshots)
         out_type.append(jax.ShapeDtypeStruct((column_blocks, B, heads, kept, M), F32))

@@ -13,9 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from .anchors import CHUNK
-from .finish import ANCHOR, finish, pair_gradients
+from .finish import finish, pair_gradients
 from .prepare import prepare
 from .walk import WalkTiles, walk
+
+
+ANCHOR = 4  # chunks between two boundaries where the backward compares states with their gradients
+NOTHING = 2.0**-8  # of a state; what is less cannot be told from the rounding of bf16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,22 +100,62 @@ def backward(
         entering = _pieced(initial_state)
     leaving_T = None if leaving is None else leaving.swapaxes(3, 4)
     (dv,), _ = walk(do, q_in, decay, read=k_out, P=P, entering=leaving_T, reverse=True, **by_columns)
-    dq_carried, _, *snapshots = walk(
-        k_out, v, decay, read=do, entering=entering, reverse=False, snapshot_every=ANCHOR, **by_rows
+    dq_carried, _, entered, *snapshots = walk(
+        k_out, v, decay, read=do, totals_with=q_in, entering=entering, reverse=False, snapshot_every=ANCHOR, **by_rows
     )
-    dk_carried, d_initial, *ends = walk(
-        q_in, do, decay, read=v, entering=leaving, reverse=True, snapshot_every=ANCHOR,
+    dk_carried, d_initial, left, *overlaps = walk(
+        q_in, do, decay, read=v, totals_with=k_out, entering=leaving, reverse=True, snapshot_every=ANCHOR,
         snapshots=snapshots[0] if snapshots else None, **by_rows,
     )  # fmt: skip
-    end = jnp.zeros((*q.shape[:1], H, 1, K), jnp.float32)
-    if final_gradient is not None:
-        end = jnp.sum(final_state * final_gradient, axis=-1)[:, :, None]
-    ends = jnp.concatenate([*(x.sum(0) for x in ends), end], axis=2)
+    none = jnp.zeros((*q.shape[:1], H, K), jnp.float32)
+    at_start = none if initial_state is None else jnp.sum(initial_state * d_initial[:, :, 0], axis=-1)
+    at_end = none if final_gradient is None else jnp.sum(final_state * final_gradient, axis=-1)
+    known = jnp.concatenate([at_start[:, :, None], *(x.sum(0) for x in overlaps), at_end[:, :, None]], axis=2)
+    decay = jnp.repeat(decay, H // decay.shape[1], axis=1)
+    across = pairs_across(known, entered.sum(0), left.sum(0), decay)
     dq, dk, dg = finish(
-        q, k, log_alpha, pairs, diagonal, dq_carried, dk_carried, ends,
+        q, k, log_alpha, pairs, diagonal, dq_carried, dk_carried, across,
         scale=scale, documents=documents, interpret=interpret,
     )  # fmt: skip
     return dq, dk, dg, dv, d_initial[:, :, 0]
+
+
+def pairs_across(known, entered, left, decay):
+    """decay_c sum over v of S_c dS_{c+1}, S_c the state before chunk c and dS_{c+1} the gradient of that after it.
+
+    With W_c the sum over v of S_c dS_c, it is W_{c+1} - left_c and also W_c - entered_c, so it follows from W at one
+    chunk boundary, in either direction. Rounding piles up on the way; between two boundaries where W is known, the two
+    directions are weighted by how far each has come. Where next to nothing passes the chunk, it is 0.
+
+    Args:
+      known: [B, H, S + 1, K], W before chunks 0, ANCHOR, 2 ANCHOR, ... and at the end.
+      entered: [B, H, C, K], sum of q~ dq~ over the chunk's tokens. left: the same of k~ dk~.
+      decay: [B, H, C, K].
+
+    Returns: [B, H, C, K] float32.
+    """
+    B, H, C, K = entered.shape
+    spans = known.shape[2] - 1
+
+    def by_span(x, filler):
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, spans * ANCHOR - C), (0, 0)), constant_values=filler)
+        x = x.reshape(B, H, spans, ANCHOR, K)
+        return [x[:, :, :, i] for i in range(ANCHOR)]
+
+    passes = by_span((decay > NOTHING).astype(jnp.float32), 1.0)
+    entered, left = by_span(entered, 0.0), by_span(left, 0.0)
+    forward, backward = [], []
+    W = known[:, :, :-1]
+    for i in range(ANCHOR):
+        forward.append(passes[i] * (W - entered[i]))
+        W = forward[i] + left[i]
+    W = known[:, :, 1:]
+    for i in reversed(range(ANCHOR)):
+        backward.append(passes[i] * (W - left[i]))
+        W = backward[-1] + entered[i]
+    weight = lambda i: (i + 1) / (ANCHOR + 1)  # of the way from the left, and so of what comes from the right
+    across = [weight(i) * backward[-1 - i] + (1 - weight(i)) * forward[i] for i in range(ANCHOR)]
+    return jnp.stack(across, axis=3).reshape(B, H, spans * ANCHOR, K)[:, :, :C]
 
 
 def _prepare(q, k, log_alpha, scale, documents, interpret):
