@@ -26,7 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .anchors import CHUNK, FIRST, FLOOR, PREFIX, SECOND, beyond_limit, constant_rows
+from .anchors import CHUNK, FIRST, FLOOR, PREFIX, beyond_limit, constant_rows
 from .prepare import anchor_matrix, level_pairs
 from .warpgroup import BF16, COLUMN, F32, ROW, TILE, WGMMA, Products, along_columns, along_rows, iota, load, pin, shared
 
@@ -35,12 +35,13 @@ CHUNKS = 8  # of one head, worked through by one block of threads
 TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 
 
+@functools.partial(jax.jit, static_argnames="interpret")
 def pair_gradients(do, v, *, documents=None, interpret=None):
     """dP = do v^T within chunks: its strict lower triangle, mirrored to a symmetric matrix, and its diagonal.
 
     Args:
       do [B, T, H, V], v [B, T, G, V]: bf16, T and V multiples of 64.
-      documents: [B, T] int32 numbers of documents (pairs of different ones get 0), or None.
+      documents: `Documents` (pairs of different ones get 0), or None.
 
     Returns:
       [B, H, T / 64, 64, 64] bf16 and [B, H, T / 64, 64] float32.
@@ -107,9 +108,10 @@ def pair_gradients(do, v, *, documents=None, interpret=None):
         grid=(B * H * chunks,),
         grid_names=("block",),
         **({"interpret": interpret} if interpreted else {}),
-    )(do, v, *((documents,) if packed else ()))
+    )(do, v, *((documents.numbers,) if packed else ()))
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "interpret"))
 def finish(q, k, log_alpha, pairs, diagonal, dq_carried, dk_carried, across, *, scale, documents=None, interpret=None):
     """dq, dk, dlog_alpha: [B, T, H, K] bf16, per query head.
 
@@ -177,7 +179,9 @@ def finish(q, k, log_alpha, pairs, diagonal, dq_carried, dk_carried, across, *, 
                 """Multiplies rows by [B, T] float32 factors."""
                 return lambda x: x * along_rows(load(ref.at[b, tokens], ROW, optimized=False), TILE)
 
-            reached, reaching, goes_on = map(of_rows, (reached_g, reaching_g, goes_on_g)) if packed else (lambda x: x,) * 3
+            reached, reaching, goes_on = (
+                map(of_rows, (reached_g, reaching_g, goes_on_g)) if packed else (lambda x: x,) * 3
+            )
 
             def diagonal():
                 return along_rows(load(diagonal_g.at[b, h, chunk], ROW, optimized=False), TILE)
@@ -218,7 +222,9 @@ def finish(q, k, log_alpha, pairs, diagonal, dq_carried, dk_carried, across, *, 
             def tiers_2_and_3():
                 g_c[...] = jnp.maximum(load(g_c), jnp.asarray(FLOOR, BF16))
                 plgpu.commit_smem()
-                dq, dk, change = within_chunk(product, raw_q, raw_k, g_c, masked_pairs, high_s, low_s, worst_s, row, column)
+                dq, dk, change = within_chunk(
+                    product, raw_q, raw_k, g_c, masked_pairs, high_s, low_s, worst_s, row, column
+                )
                 ones = lambda mask: jnp.where(mask, 1.0, 0.0).astype(BF16)
                 weight = jnp.exp(product(ones(column() <= row()), g_c, TILE))
                 from_before = reached(carried(dq_carried_g)) * weight

@@ -10,7 +10,8 @@ from . import pieces
 from .anchors import CHUNK
 from .backward import backward
 from .forward import forward
-from .tiles import backward_tiles, forward_tiles, padded_widths
+from .tiles import backward_tiles, forward_tiles, is_wide, padded_widths
+from .wide_operator import attend as attend_wide
 
 CAPABILITY = "9.0"
 
@@ -56,7 +57,8 @@ def gated_linear_attention(
     ):  # numbers that do not come back, so that equal means connected; the padding joins the last document
         documents = jnp.cumsum(jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0, axis=1, dtype=jnp.int32)
         documents = jnp.pad(documents, ((0, 0), (0, padded_T - T)), mode="edge")
-    o, final_state = _attend(
+    attend = attend_wide if is_wide(padded_K, padded_V) else _attend
+    o, final_state = attend(
         scale, return_final_state, interpret, padded(q, padded_K), padded(k, padded_K), padded(v, padded_V),
         padded(log_alpha, padded_K), state, documents,
     )  # fmt: skip

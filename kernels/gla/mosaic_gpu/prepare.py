@@ -18,20 +18,21 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .anchors import CHUNK, FIRST, FLOOR, SECOND, beyond_limit, constant_rows
+from .anchors import CHUNK, FIRST, FLOOR, beyond_limit, constant_rows
 from .warpgroup import BF16, COLUMN, F32, ROW, TILE, WGMMA, Products, along_columns, along_rows, iota, load, pin, shared
 
 STAGES = 3
 CHUNKS = 4  # of one head, worked through by one block of threads
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "interpret"))
 def prepare(q, k, log_alpha, *, scale, documents=None, interpret=None):
     """q~, k~, P and decay.
 
     Args:
       q [B, T, H, K], k and log_alpha [B, T, G, K]: bf16, T and K multiples of 64.
       scale: multiplies q.
-      documents: `DocumentMasks`, or None.
+      documents: `Documents`, or None.
 
     Returns:
       q~ [B, T, H, K], k~ [B, T, G, K], P [B, H, T / 64, 64, 64]: bf16; decay [B, G, T / 64, K] float32.
@@ -47,7 +48,8 @@ def prepare(q, k, log_alpha, *, scale, documents=None, interpret=None):
         del refs[:4]
         documents_g, reached_g, reaching_g = (refs.pop(0), refs.pop(0), refs.pop(0)) if packed else (None,) * 3
         q_out_g, k_out_g, P_g, decay_g = refs[:4]
-        q_s, k_s, g_s, q_hat, k_hat, P_s, constants_s, worst_s, before_s, after_s, zero_s, arrived, ready, *rest = refs[4:]
+        q_s, k_s, g_s, q_hat, k_hat, P_s, constants_s, *refs = refs[4:]
+        worst_s, before_s, after_s, zero_s, arrived, ready, *rest = refs
         product = Products(rest.pop(0) if interpreted else None)
 
         index = lax.axis_index("block")
@@ -125,6 +127,7 @@ def prepare(q, k, log_alpha, *, scale, documents=None, interpret=None):
                 return P, half_total(64) * half_total(64 + 8)
 
             P, decay = lax.cond(within, tier_1, tiers_2_and_3, P)
+
             @pl.when(c == slices - 1)
             def _():
                 masked = jnp.where(column() <= row(), P, 0.0)
@@ -177,7 +180,7 @@ def prepare(q, k, log_alpha, *, scale, documents=None, interpret=None):
 
 
 def add_slice(P, product, raw_q, raw_k, g_c, q_hat, k_hat, worst_s, row, column):
-    """P, and that of one slice of channels whose gates exceed tier 1: levels of halving blocks, then bounded blocks (tier 2) or
+    """P, and that of channels whose gates exceed tier 1: levels of halving blocks, then bounded blocks (tier 2) or
     single rows (tier 3). `q_hat` and `k_hat` are used as working space."""
     anchored = lambda half: product(anchor_matrix(half, row(), column()), g_c, TILE)
     worst_s[...] = beyond_limit(anchored(8))

@@ -1,6 +1,6 @@
 """One walk over gated chunks: a state in registers, read and updated chunk by chunk. Wide heads use it four times.
 
-`prepare` has dealt with gates and documents. What is left of the recurrence, per chunk of 64 tokens, is matrix products:
+`prepare` has dealt with gates and documents. What is left of the recurrence, per chunk of 64 tokens, is products:
 
     out = Z read^T (+ left^T P^T)          Z' = decay Z + left^T right
 
@@ -168,6 +168,7 @@ def walk(
                 tokens = pl.ds(chunk * CHUNK, CHUNK)
                 left_T = left_s.at[slot, :, own].T
                 plgpu.barrier_wait(full.at[slot])
+
                 def updated(i, *others, meanwhile=None):
                     """decay Z + left^T right, of one part of the columns, with other products in flight beside it."""
                     c = parts[i]
@@ -207,7 +208,7 @@ def walk(
                     after = chunk if reverse else chunk + 1  # the chunk that the state now stands before
                     at = lax.div(after, snapshot_every) - 1
 
-                    @pl.when((lax.rem(after, snapshot_every) == 0) & (0 <= at) & (at < kept))
+                    @pl.when((lax.rem(after, snapshot_every) == 0) & (at >= 0) & (at < kept))
                     def _():
                         sums = 0.0
                         for c, z in zip(parts, Z, strict=True):

@@ -1,0 +1,80 @@
+"""Wide heads behind a custom derivative, on each device's share of the batch and the heads."""
+
+import functools
+
+import jax
+
+from ..partition import shard_over_batch_and_heads
+from .tiles import wide_tiles
+from .wide import backward, forward
+
+INPUTS = {"q": "B T H K", "k": "B T G K", "v": "B T G V", "log_alpha": "B T G K"}
+STATE = "B H K V"
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def attend(scale, return_final_state, interpret, q, k, v, log_alpha, initial_state, documents):
+    """o and the final state. Arguments as those of `wide.forward`; groups of any size, documents or None."""
+    o, final_state, *_ = _attend(scale, interpret, q, k, v, log_alpha, initial_state, documents)
+    return o, final_state
+
+
+def _attend(scale, interpret, q, k, v, log_alpha, initial_state, documents):
+    def run(q, k, v, log_alpha, **optional):
+        tiles = wide_tiles(q.shape, v.shape)
+        o, final_state, entering = forward(
+            q, k, v, log_alpha, scale=scale, tiles=tiles, interpret=interpret, **optional
+        )
+        return (o, final_state) if entering is None else (o, final_state, entering)
+
+    cut = wide_tiles(q.shape, v.shape).pieces > 1
+    outputs = ["B T H V", STATE, *(["B H N V K"] if cut else [])]
+    arrays = {"q": q, "k": k, "v": v, "log_alpha": log_alpha, "initial_state": initial_state, "documents": documents}
+    axes = INPUTS | {"initial_state": STATE, "documents": "B T"}
+    return _sharded(run, arrays, axes, outputs, interpret)
+
+
+def _attend_forward(scale, return_final_state, interpret, *inputs):
+    o, final_state, *entering = _attend(scale, interpret, *inputs)
+    return (o, final_state), (inputs, entering, final_state if return_final_state else None)
+
+
+def _attend_backward(scale, return_final_state, interpret, residuals, cotangents):
+    (q, k, v, log_alpha, initial_state, documents), entering, final_state = residuals
+    do, final_gradient = cotangents
+
+    def run(q, k, v, log_alpha, do, **optional):
+        tiles, G = wide_tiles(q.shape, v.shape), k.shape[2]
+        dq, dk, dg, dv, d_initial = backward(
+            q, k, v, log_alpha, do, scale=scale, tiles=tiles, interpret=interpret, **optional
+        )
+        return dq, _of_groups(dk, G), _of_groups(dv, G), _of_groups(dg, G), d_initial
+
+    arrays = {
+        "q": q, "k": k, "v": v, "log_alpha": log_alpha, "do": do, "initial_state": initial_state,
+        "entering": entering[0] if entering else None, "final_state": final_state,
+        "final_gradient": final_gradient if return_final_state else None, "documents": documents,
+    }  # fmt: skip
+    axes = INPUTS | {"do": "B T H V", "entering": "B H N V K", "documents": "B T"}
+    axes |= dict.fromkeys(("initial_state", "final_state", "final_gradient"), STATE)
+    outputs = ["B T H K", "B T G K", "B T G V", "B T G K", STATE]
+    *gradients, d_initial = _sharded(run, arrays, axes, outputs, interpret)
+    return *gradients, None if initial_state is None else d_initial, None
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _sharded(run, arrays, axes, outputs, interpret):
+    """`run` on each device's share of the arrays that are not None; the interpreter cannot be partitioned."""
+    arrays = {name: x for name, x in arrays.items() if x is not None}
+    call = lambda *given: run(**dict(zip(arrays, given, strict=True)))
+    if interpret is None:
+        call = shard_over_batch_and_heads(call, [axes[name] for name in arrays], outputs)
+    return call(*arrays.values())
+
+
+def _of_groups(x, groups):
+    """Gradients of query heads, [B, T, H, .], to those of what G groups of them read."""
+    B, T, H, width = x.shape
+    return x if groups == H else x.reshape(B, T, groups, H // groups, width).sum(3, dtype="float32").astype(x.dtype)
