@@ -107,6 +107,7 @@ def pair_gradients(do, v, *, documents=None, interpret=None):
         scratch_types=[*scratch, plgpu.Barrier(num_arrivals=2, num_barriers=stages)],
         grid=(B * H * chunks,),
         grid_names=("block",),
+        kernel_name="gla_pair_gradients",
         **({"interpret": interpret} if interpreted else {}),
     )(do, v, *((documents.numbers,) if packed else ()))
 
@@ -162,7 +163,7 @@ def finish(q, k, log_alpha, pairs, diagonal, dq_carried, dk_carried, across, *, 
 
         def body(step, _):
             slot = lax.rem(step, STAGES)
-            chunk, c = place(step)
+            chunk, c = place(step + zero_s[0])
             tokens, channels = pl.ds(chunk * CHUNK, CHUNK), pl.ds(c * 64, 64)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -269,6 +270,7 @@ def finish(q, k, log_alpha, pairs, diagonal, dq_carried, dk_carried, across, *, 
         scratch_types=scratch,
         grid=(B * H * blocks,),
         grid_names=("block",),
+        kernel_name="gla_finish",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **({"interpret": interpret} if interpreted else {}),
     )(*operands, *((documents.reached, documents.reaching, documents.goes_on) if packed else ()))

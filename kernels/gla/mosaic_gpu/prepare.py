@@ -174,6 +174,7 @@ def prepare(q, k, log_alpha, *, scale, documents=None, interpret=None):
         scratch_types=scratch,
         grid=(B * H * blocks,),
         grid_names=("block",),
+        kernel_name="gla_prepare",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **({"interpret": interpret} if interpreted else {}),
     )(q, k, log_alpha, constant_rows(), *((documents.numbers, documents.reached, documents.reaching) if packed else ()))

@@ -52,6 +52,7 @@ def walk(
     decay,
     *,
     tiles: WalkTiles,
+    name: str,
     heads: int,
     reverse: bool,
     decay_along: str,
@@ -68,6 +69,7 @@ def walk(
     Args:
       left [B, T, ., M], right [B, T, ., N]: bf16, of query heads or of key/value heads: head h of `heads` reads head
         h // (heads / their number). T a multiple of 64 * tiles.pieces, M of 128, N of tiles.columns.
+      name: of what is made, for profiles.
       decay: [B, G, T / 64, K] float32, what is left of the state after a chunk, along "rows" (M = K) or "columns".
       read: [B, T, ., N] bf16, or None for a walk that only finds the states that leave the pieces.
       P: [B, heads, T / 64, 64, 64] bf16 (i, j), weights within the chunk, or None: out gets P left going forward,
@@ -271,6 +273,7 @@ def walk(
         scratch_types=scratch,
         grid=(B * heads * pieces * column_blocks * row_blocks,),
         grid_names=("block",),
+        kernel_name=f"gla_walk_{name}",
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),

@@ -47,9 +47,9 @@ def forward(q, k, v, log_alpha, *, scale, tiles: WideTiles, initial_state=None, 
     entering = None if initial_state is None else initial_state.swapaxes(2, 3)[:, :, None]
     how = {"tiles": tiles.walk(K), "heads": H, "reverse": False, "decay_along": "columns", "interpret": interpret}
     if tiles.pieces > 1:
-        (own,) = walk(v, k_out, decay, **how)
+        (own,) = walk(v, k_out, decay, name="states", **how)
         entering = _joined(own, _through_pieces(decay, H, tiles)[..., None, :], entering)
-    (o,), final_state = walk(v, k_out, decay, read=q_in, P=P, entering=entering, **how)
+    (o,), final_state = walk(v, k_out, decay, name="o", read=q_in, P=P, entering=entering, **how)
     return o, final_state[:, :, -1].swapaxes(2, 3), entering if tiles.pieces > 1 else None
 
 
@@ -70,19 +70,28 @@ def backward(
 
     leaving = None if final_gradient is None else final_gradient[:, :, None]
     if tiles.pieces > 1:
-        (own,) = walk(q_in, do, decay, reverse=True, **by_rows)
+        (own,) = walk(q_in, do, decay, name="state_gradients", reverse=True, **by_rows)
         leaving = _joined(own, _through_pieces(decay, H, tiles)[..., None], leaving, reverse=True)
         entering = entering.swapaxes(3, 4)
     elif initial_state is not None:
         entering = initial_state[:, :, None]
     leaving_T = None if leaving is None else leaving.swapaxes(3, 4)
 
-    (dv,), _ = walk(do, q_in, decay, read=k_out, P=P, entering=leaving_T, reverse=True, **by_columns)
+    (dv,), _ = walk(do, q_in, decay, name="dv", read=k_out, P=P, entering=leaving_T, reverse=True, **by_columns)
     dq_carried, _, entered, *snapshots = walk(
-        k_out, v, decay, read=do, totals_with=q_in, entering=entering, reverse=False, snapshot_every=ANCHOR, **by_rows
+        k_out,
+        v,
+        decay,
+        name="dq",
+        read=do,
+        totals_with=q_in,
+        entering=entering,
+        reverse=False,
+        snapshot_every=ANCHOR,
+        **by_rows,
     )
     dk_carried, d_initial, left, *overlaps = walk(
-        q_in, do, decay, read=v, totals_with=k_out, entering=leaving, reverse=True, snapshot_every=ANCHOR,
+        q_in, do, decay, name="dk", read=v, totals_with=k_out, entering=leaving, reverse=True, snapshot_every=ANCHOR,
         snapshots=snapshots[0] if snapshots else None, **by_rows,
     )  # fmt: skip
     d_initial = d_initial[:, :, 0]

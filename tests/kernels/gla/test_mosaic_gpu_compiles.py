@@ -33,9 +33,9 @@ SHAPES = {  # B, T, H, K, V
 ALLOWED_SPILL_BYTES = {
     ("fig2_2k", "backward"): 580,
     ("d128_2k", "backward"): 1636,
-    ("1b3_2k", "forward"): 1760,
-    ("1b3_2k", "forward that saves states"): 1804,
-    ("1b3_2k", "backward"): 1644,
+    ("1b3_2k", "gla_finish"): 230,
+    ("340m_2k", "gla_finish"): 230,
+    ("1b3_32k", "gla_finish"): 230,
     ("everything", "states for forward"): 8,
     ("everything", "forward"): 24,
     ("everything", "states for forward that saves states"): 8,
@@ -46,7 +46,7 @@ ALLOWED_SPILL_BYTES = {
 
 # Device memory of forward + backward beyond inputs, MiB: temporaries and outputs. Here too numbers only go down. Wanted
 # at fig2_2k: 720. Its outputs, o among them, are 640, and the states that the forward saves 128.
-ALLOWED_MIB = {"fig2_2k": 785, "d128_2k": 930, "1b3_2k": 1985}
+ALLOWED_MIB = {"fig2_2k": 785, "d128_2k": 930, "1b3_2k": 710}
 
 COMPILE = """
 import json, sys
@@ -83,7 +83,8 @@ for name, f, inputs in (
 """
 
 REPORT = re.compile(
-    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads\n"
+    r"entry function '(?P<name>\w+)_mosaic_gpu_kernel'.*\n.*\n"
+    r".* (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads\n"
     r"ptxas info +: Used (?P<registers>\d+) registers"
 )
 
@@ -106,6 +107,8 @@ def compile_for_h200(shape, everything=False):
         reports = [*REPORT.finditer(program)]
         if len(reports) > len(walks):  # the sequence is cut: each walk follows one that finds the states of its pieces
             walks = [name for walk in walks for name in (f"states for {walk}", walk)]
+        if reports[0]["name"] != "kernel":  # the kernels of wide heads say what they are
+            walks = [report["name"] for report in reports]
         for name, report in zip(walks, reports, strict=True):
             kernels[name] = int(report["registers"]), max(int(report["stores"]), int(report["loads"]))
     return kernels, size / 2**20
@@ -113,13 +116,14 @@ def compile_for_h200(shape, everything=False):
 
 def distinct_kernels():
     """Of the shapes, those with kernels of their own: B, T, H, and how many blocks and pieces, are numbers in them."""
-    from kernels.gla.mosaic_gpu.tiles import backward_tiles, forward_tiles
+    from kernels.gla.mosaic_gpu.tiles import backward_tiles, forward_tiles, is_wide, wide_tiles
 
     cases = {}
     for name, (B, T, H, K, V) in SHAPES.items():
         q, v = (B, T, H, K), (B, T, H, V)
         tiles = (dataclasses.replace(of(q, v), segments=1) for of in (forward_tiles, backward_tiles))
-        cases.setdefault((K, *tiles), name)
+        cut = wide_tiles(q, v).pieces > 1
+        cases.setdefault((K, V, cut) if is_wide(K, V) else (K, *tiles), name)
     return list(cases.values())
 
 
