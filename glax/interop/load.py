@@ -17,6 +17,7 @@ from glax.interop.files import TensorFiles
 from glax.interop.hub import checkpoint_folder
 from glax.interop.names import Tensor, layout_of, ours, partition, tensors
 from glax.models import LanguageModel, ModelConfig
+from glax.models.accounting import abstract_model
 
 # Buffers that old versions saved, which are computed here.
 COMPUTED = (".rotary_emb.inv_freq", ".rotary.inv_freq")
@@ -60,11 +61,11 @@ def load_model(
     for tensor in wanted:
         value = _read(files, tensor)
         if tensor.layer is None:
-            parameters[tensor.path] = _placed(value, tensor.path, dtype, _sharding(tensor.our_axes))
+            parameters[tensor.path] = _placed(value, tensor.turn, dtype, _sharding(tensor.our_axes))
         else:
             if tensor.path not in parameters:
                 parameters[tensor.path] = _empty(config, tensor, dtype)
-            parameters[tensor.path] = _inserted(parameters[tensor.path], value, tensor.path, tensor.layer)
+            parameters[tensor.path] = _inserted(parameters[tensor.path], value, tensor.turn, tensor.layer)
         # Copies to a device go on behind our back, and keep what they copy.
         jax.block_until_ready(parameters[tensor.path])
         del value
@@ -112,39 +113,40 @@ def _read(files: TensorFiles, tensor: Tensor) -> jax.Array:
     return jax.make_array_from_callback(tensor.part, sharding, wanted)
 
 
-def _placed(value, path, dtype, sharding):
-    return jax.jit(lambda x: ours(path, x).astype(dtype), out_shardings=sharding)(value)
+def _placed(value, turn, dtype, sharding):
+    return _placement(turn, dtype, sharding)(value)
+
+
+@functools.lru_cache(maxsize=64)
+def _placement(turn, dtype, sharding):
+    return jax.jit(lambda x: ours(turn, x).astype(dtype), out_shardings=sharding)
 
 
 def _empty(config: ModelConfig, tensor: Tensor, dtype) -> jax.Array:
     """Zeros for a parameter with an axis of layers."""
-    shape = _abstract(config)[tensor.path].shape
+    shape = _flat(nnx.state(abstract_model(config), nnx.Param))[tensor.path].shape
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=_sharding((None, *tensor.our_axes)))()
 
 
-def _inserted(parameter, value, path, layer):
+def _inserted(parameter, value, turn, layer):
     """``parameter`` with this layer, in its place."""
-    return _insertion(path, parameter.sharding)(parameter, value, layer)
+    return _insertion(turn, parameter.sharding)(parameter, value, layer)
 
 
 @functools.lru_cache(maxsize=64)
-def _insertion(path, sharding):
+def _insertion(turn, sharding):
     def insert(parameter, value, layer):
-        return jax.lax.dynamic_update_index_in_dim(parameter, ours(path, value).astype(parameter.dtype), layer, 0)
+        return jax.lax.dynamic_update_index_in_dim(parameter, ours(turn, value).astype(parameter.dtype), layer, 0)
 
     return jax.jit(insert, donate_argnums=0, out_shardings=sharding)
 
 
-@functools.cache
-def _abstract(config: ModelConfig):
-    model = jax.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
-    return {".".join(str(p) for p in path): v for path, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+def _flat(state: nnx.State) -> dict[str, nnx.Variable]:
+    return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
 
 
 def _model(config: ModelConfig, parameters: dict[str, jax.Array]) -> LanguageModel:
-    graph, state = nnx.split(jax.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))), nnx.Param)
-    flat = [
-        (path, variable.replace(parameters[".".join(str(part) for part in path)]))
-        for path, variable in nnx.to_flat_state(state)
-    ]
-    return nnx.merge(graph, nnx.from_flat_state(flat))
+    graph, state = nnx.split(abstract_model(config), nnx.Param)
+    flat = nnx.to_flat_state(state)
+    filled = [(path, variable.replace(parameters[".".join(map(str, path))])) for path, variable in flat]
+    return nnx.merge(graph, nnx.from_flat_state(filled))

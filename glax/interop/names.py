@@ -9,7 +9,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from glax.errors import UserError
-from glax.models import LanguageModel, ModelConfig
+from glax.models import ModelConfig
+from glax.models.accounting import abstract_model
 
 # Our names and the checkpoints', within a layer.
 _FLA = {
@@ -79,23 +80,24 @@ class Tensor:
         return self.shape if self.rows is None else (self.rows[1] - self.rows[0], *self.shape[1:])
 
     @property
+    def turn(self) -> str:
+        """How it lies there beside how it lies here: "matrix", [out, in]; "taps", [C, 1, W]; or "same"."""
+        return "taps" if self.path.endswith("conv.weight") else "matrix" if self.path.endswith(".kernel") else "same"
+
+    @property
     def our_axes(self) -> tuple[str | None, ...]:
         """Logical names of the parameter's axes, without that of layers."""
-        if self.path.endswith("conv.weight"):
-            return self.axes[0], self.axes[2]
-        return self.axes[::-1] if self.path.endswith(".kernel") else self.axes
+        return {"taps": self.axes[:1] + self.axes[2:], "matrix": self.axes[::-1], "same": self.axes}[self.turn]
 
 
-def ours(path: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """A tensor as the parameter has it: matrices are [in, out] here and [out, in] there."""
-    if path.endswith("conv.weight"):
-        return x[:, 0]
-    return x.T if path.endswith(".kernel") else x
+def ours(turn: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """A tensor as the parameter has it."""
+    return x[:, 0] if turn == "taps" else x.T if turn == "matrix" else x
 
 
-def theirs(path: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
+def theirs(turn: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
     """The inverse of ``ours``."""
-    return x[:, None] if path.endswith("conv.weight") else ours(path, x)
+    return x[:, None] if turn == "taps" else ours(turn, x)
 
 
 def layout_of(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Checkpoint:
@@ -108,7 +110,7 @@ def layout_of(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Che
 
 def tensors(config: ModelConfig, checkpoint: Checkpoint) -> list[Tensor]:
     """Every tensor of the model in the checkpoint's order, by layers; one that is shared stands there twice."""
-    abstract = jax.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
+    abstract = abstract_model(config)
     variables = nnx.to_flat_state(nnx.state(abstract, nnx.Param))
     found, first = [], 0
     depth_of = {}

@@ -1,5 +1,6 @@
 """A model into a checkpoint of the Hub's format, one tensor at a time."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,12 @@ def default_kind(config: ModelConfig) -> str:
 
 
 def _on_host(tensor: Tensor, parameter: jax.Array, dtype) -> np.ndarray:
-    def turned(parameter):
-        layer = parameter if tensor.layer is None else parameter[tensor.layer]
-        return theirs(tensor.path, layer).astype(jnp.dtype(dtype))
-
-    value = jax.jit(turned)(parameter)
+    layer = 0 if tensor.layer is None else tensor.layer
+    value = _turned(parameter, layer, tensor.turn, tensor.layer is not None, jnp.dtype(dtype))
     return np.asarray(value) if value.is_fully_addressable else multihost_utils.process_allgather(value, tiled=True)
+
+
+@functools.partial(jax.jit, static_argnames=("turn", "stacked", "dtype"))
+def _turned(parameter, layer, turn, stacked, dtype):
+    value = jax.lax.dynamic_index_in_dim(parameter, layer, 0, keepdims=False) if stacked else parameter
+    return theirs(turn, value).astype(dtype)

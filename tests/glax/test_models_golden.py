@@ -43,7 +43,7 @@ def test_golden_checkpoint(name: str, scan_layers: bool):
     compared = set()
     for tensor in tensors(model.config, layout_of(hub, {})):
         gradient = flat[tensor.path] if tensor.layer is None else flat[tensor.path][tensor.layer]
-        error = relative_rms(np.asarray(gradient), np.asarray(ours(tensor.path, expected[f"grad/{tensor.name}"])))
+        error = relative_rms(np.asarray(gradient), np.asarray(ours(tensor.turn, expected[f"grad/{tensor.name}"])))
         assert error < 1e-3, f"{tensor.name}: {error}"
         compared.add(f"grad/{tensor.name}")
     assert compared == {name for name in expected.files if name.startswith("grad/")}
