@@ -10,8 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from glax.errors import UserError
 from glax.inference.sampling import Sampling, sample
-from glax.inference.states import repeat_rows
-from glax.models import Decoder, LanguageModel
+from glax.models import Decoder, LanguageModel, repeat_rows
 
 Model = LanguageModel | Decoder
 State = list[Any]
@@ -67,7 +66,7 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p)
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
-    _check_prompts(model, tokens, lengths)
+    check_prompts(model, tokens, lengths)
     decoding = start(model, tokens, lengths, max_new_tokens=max_new_tokens, seed=seed, prefix=prefix)
     return advance(model, decoding, count=max_new_tokens, sampling=sampling, stop_token=stop_token)[0]
 
@@ -93,11 +92,41 @@ def start(
     return Decoding(state, logits, jnp.zeros(batch, bool), jax.random.key(seed))
 
 
-@functools.partial(jax.jit, static_argnames="room")
-def read_prefix(model: Model, tokens: Int[Array, "B T"], lengths: Int[Array, "B"] | None = None, *, room: int) -> State:
-    """The state after ``tokens``, to be gone on from many times. ``room``: tokens that may follow, prompts included."""
+def read_prefix(
+    model: Model,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"] | None = None,
+    *,
+    room: int,
+    state: State | None = None,
+    piece: int = 8192,
+) -> State:
+    """The state after ``tokens``, to be gone on from many times.
+
+    ``lengths``: as in ``generate``, 0 included. ``room``: tokens that may follow, prompts included; it matters to
+    softmax attention without a window only. ``state``: after what stands before. At most ``piece`` tokens are read at
+    once, so that a long text takes no more memory than a short one.
+    """
+    check_prompts(model, tokens, None)
     batch, length = tokens.shape
-    return model.read(tokens, model.init_state(batch, length + room), lengths=lengths)[1]
+    lengths = np.full(batch, length, np.int32) if lengths is None else np.asarray(lengths)
+    piece = min(piece, 2 ** max(4, (length - 1).bit_length()))
+    tokens = np.pad(np.asarray(tokens), ((0, 0), (0, -length % piece)))
+    if state is None:
+        state = _fresh(model, batch, length + room)
+    for first in range(0, tokens.shape[1], piece):
+        state = _read(model, tokens[:, first : first + piece], state, np.clip(lengths - first, 0, piece))
+    return state
+
+
+@functools.partial(jax.jit, static_argnames=("batch", "max_length"))
+def _fresh(model, batch, max_length):
+    return model.init_state(batch, max_length)
+
+
+@jax.jit
+def _read(model, tokens, state, lengths):
+    return model.read(tokens, state, lengths=lengths)[1]
 
 
 @functools.partial(jax.jit, static_argnames=("count", "sampling", "stop_token"), donate_argnames="decoding")
@@ -135,7 +164,8 @@ def advance(
     return carry[1], carry[2]
 
 
-def _check_prompts(model, tokens, lengths):
+def check_prompts(model: Model, tokens: Int[Array, "B T"], lengths: Int[Array, "B"] | None) -> None:
+    """Raises UserError for shapes, lengths or tokens that cannot be used."""
     if tokens.ndim != 2 or min(tokens.shape) < 1:
         raise UserError(f"prompts have shape {tokens.shape}: give [batch, length], both at least 1")
     if lengths is not None:

@@ -1,4 +1,4 @@
-"""States of models: rows repeated and chosen, saved to a file and read again."""
+"""States of models, saved to a file and read again."""
 
 import dataclasses
 import json
@@ -8,9 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401  (makes numpy know bfloat16)
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -19,24 +18,6 @@ from glax.models import Decoder, LanguageModel, ModelConfig
 
 # Fields of a config that change neither what a model computes nor what its state is.
 INDIFFERENT = ("remat", "scan_layers", "implementation", "initializer_range")
-
-
-def choose_rows(model: LanguageModel | Decoder, state: list[Any], rows: Int[Array, "N"]) -> list[Any]:
-    """Those rows of a state, in that order, also more than once."""
-    return jax.tree.map(lambda leaf, axis: jnp.take(leaf, rows, axis), state, _batch_axes(model))
-
-
-def repeat_rows(model: LanguageModel | Decoder, state: list[Any], batch: int) -> list[Any]:
-    """A state of one row as one of ``batch`` rows; one that has them already is returned as it is."""
-    axes = _batch_axes(model)
-    rows = {leaf.shape[axis] for leaf, axis in zip(jax.tree.leaves(state), jax.tree.leaves(axes), strict=True)}
-    if rows == {batch}:
-        return state
-    if rows != {1}:
-        raise UserError(
-            f"the prefix has {rows.pop()} rows and there are {batch} prompts: read one for all, or for each"
-        )
-    return jax.tree.map(lambda leaf, axis: jnp.repeat(leaf, batch, axis), state, axes)
 
 
 def save_state(path: str | Path, model: LanguageModel | Decoder, state: list[Any]) -> None:
@@ -72,12 +53,6 @@ def load_state(path: str | Path, model: LanguageModel | Decoder) -> list[Any]:
         raise UserError(f"the state {path} lacks {(set(names) ^ set(tensors)).pop()}: save it again")
     layers = jax.tree.unflatten(jax.tree.structure(abstract), [jnp.asarray(tensors[name]) for name in names])
     return model.by_element(layers)
-
-
-def _batch_axes(model: LanguageModel | Decoder) -> list[Any]:
-    """The axis of rows in each leaf: the one that grows with the batch."""
-    one, two = (jax.eval_shape(lambda model, n=n: model.init_state(n, 1), model) for n in (1, 2))
-    return jax.tree.map(lambda a, b: next(axis for axis in range(a.ndim) if a.shape[axis] != b.shape[axis]), one, two)
 
 
 def _named(layers: list[Any]) -> dict[str, Array]:

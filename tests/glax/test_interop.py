@@ -276,14 +276,14 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"model-00002.*model.layers.* is cut short, 100 bytes are missing"):
         load_model(tmp_path)
     path.write_bytes(whole[:5])
-    with pytest.raises(UserError, match="model-00002.*cannot be read"):
+    with pytest.raises(UserError, match=r"model-00002.*cannot be read"):
         load_model(tmp_path)
     path.unlink()
-    with pytest.raises(UserError, match="model-00002.* is missing, with .* tensors, the first model.layers"):
+    with pytest.raises(UserError, match=r"model-00002.* is missing, with .* tensors, the first model.layers"):
         load_model(tmp_path)
     for file in tmp_path.glob("model*"):
         file.unlink()
-    with pytest.raises(UserError, match="has neither model.safetensors nor"):
+    with pytest.raises(UserError, match=r"has neither model\.safetensors nor"):
         load_model(tmp_path)
     with pytest.raises(UserError, match="is no folder"):
         load_model(tmp_path / "absent")
