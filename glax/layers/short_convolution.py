@@ -27,7 +27,7 @@ class ShortConvolution(nnx.Module):
         self.dtype = dtype
 
     def init_state(self, batch: int) -> Float[Array, "B past C"]:
-        channels, width = self.weight.shape
+        channels, width = self.weight.shape[-2:]  # stacked blocks have an axis of layers in front
         return jnp.zeros((batch, width - 1, channels), self.dtype)
 
     def __call__(

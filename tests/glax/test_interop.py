@@ -77,7 +77,7 @@ def test_written_and_read_is_the_same_model(name: str, tmp_path: Path):
     in_one = load_file(tmp_path / "one/model.safetensors")
     assert in_one.keys() == in_many.keys() == index["weight_map"].keys()
     assert index["metadata"]["total_size"] == sum(array.nbytes for array in in_one.values())
-    for folder in ("one", "many"):
+    for folder in ("one", "many") if name == "hybrid" else ("many",):
         read = load_model(tmp_path / folder, compute_dtype="float32")
         assert_same(model, read)
         defaulted = dataclasses.replace(read.config, **dict.fromkeys(("attention_heads", "attention_kv_heads")))
