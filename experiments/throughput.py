@@ -8,18 +8,22 @@ gradients, a new batch from the host):
 
 tokens/s is that of the median step. MFU counts model FLOPs, without recomputation, against the card's dense bf16 peak.
 Memory is what the compiled step needs at its peak: state, batch and temporaries. --parts also times the step's parts
-alone: a layer's operator, mixer and MLP forward + backward, the loss, the optimiser. A row that fails has its error.
-The same command continues after the rows that are there.
+alone: a layer's operator, mixer and MLP forward + backward, the loss, the optimiser; --profile lists the device kernels
+that take longest in real steps. A row that fails has its error. The same command continues after the rows that are
+there.
 """
 
 import dataclasses
 import functools
 import gc
+import itertools
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,12 +38,13 @@ from glax.models import PRESETS, ModelConfig
 from glax.models.blocks import MIXERS, Block
 from glax.training import MeshConfig, TrainConfig
 from glax.training.sharding import make_mesh, place_batch, use_mesh
-from glax.training.state import plan_state
+from glax.training.state import Plan, plan_state
 from glax.training.step import make_train_step
 from glax.training.utilization import peak_flops
 from kernels import gated_linear_attention, retention, selective_scan, softmax_cross_entropy
 from results_file import ResultsFile, plot
 
+WARM_STEPS = 3
 MODELS = ("gla", "transformer", "retnet", "mamba")
 
 
@@ -56,8 +61,8 @@ class Arguments:
     implementations: str = "fastest"
     """Comma-separated kernels of the recurrent models: fastest, mosaic_gpu, xla, reference."""
 
-    remat: Literal["none", "full", "matmuls"] = "none"
-    """What the backward pass computes again."""
+    remat: str = "none"
+    """Comma-separated, what the backward pass computes again: none, full, matmuls."""
 
     scan_layers: bool = True
     """Scan over stacked layers; --no-scan-layers compiles each by itself."""
@@ -68,20 +73,60 @@ class Arguments:
     parts: bool = False
     """Also time the parts of a step."""
 
+    profile: bool = False
+    """Also trace three steps, and list the kernels that take longest."""
+
+    compile_threads: int = 1
+    """Programs to compile at once, all before any is measured."""
+
     results: Path = Path("runs/throughput")
     """Folder of throughput.json and throughput.png."""
 
 
-def training(preset: str, length: int, batch: int, implementation: str, arguments: Arguments) -> TrainConfig:
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+class Case(NamedTuple):
+    """What one row measures."""
+
+    model: str
+    shape: str
+    implementation: str
+    remat: str
+
+
+class Prepared(NamedTuple):
+    """A compiled training step."""
+
+    config: TrainConfig
+    mesh: jax.sharding.Mesh
+    plan: Plan
+    step: jax.stages.Compiled
+    seconds: float
+
+
+def training(case: Case, scan_layers: bool) -> TrainConfig:
+    length, batch = _shape(case.shape)
     model = dataclasses.replace(
-        PRESETS[preset],
-        compute_dtype=dtype,
-        remat=arguments.remat,
-        scan_layers=arguments.scan_layers,
-        implementation=None if implementation == "fastest" else implementation,
+        PRESETS[case.model],
+        compute_dtype="float32" if jax.default_backend() == "cpu" else "bfloat16",
+        remat=case.remat,
+        scan_layers=scan_layers,
+        implementation=None if case.implementation == "fastest" else case.implementation,
     )
     return TrainConfig(model=model, data=DataConfig(sequence_length=length, batch_size=batch), mesh=MeshConfig(data=1))
+
+
+def prepare(case: Case, scan_layers: bool) -> Prepared | str:
+    """The compiled step, or the error that there was instead."""
+    config = training(case, scan_layers)
+    started = time.monotonic()
+    try:
+        mesh = make_mesh(config.mesh, jax.devices()[:1])
+        with use_mesh(mesh):
+            plan = plan_state(config, mesh)
+            batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, random_batch(config, np.random.default_rng(0))))
+            step = make_train_step(plan, config, 1).lower(plan.abstract, batch).compile()
+    except (NotImplementedError, ValueError, RuntimeError) as error:
+        return _one_line(error)
+    return Prepared(config, mesh, plan, step, time.monotonic() - started)
 
 
 def random_batch(config: TrainConfig, draw: np.random.Generator) -> dict[str, np.ndarray]:
@@ -97,35 +142,59 @@ def random_batch(config: TrainConfig, draw: np.random.Generator) -> dict[str, np
     }
 
 
-def measure(preset: str, length: int, batch: int, implementation: str, arguments: Arguments) -> dict[str, Any]:
-    """A row of the results: whole training steps on one device."""
-    config = training(preset, length, batch, implementation, arguments)
-    mesh, draw = make_mesh(config.mesh, jax.devices()[:1]), np.random.default_rng(0)
+def measure(prepared: Prepared, steps: int, profile: bool) -> dict[str, Any]:
+    """Times whole training steps on one device."""
+    config, mesh, plan, step, compiled = prepared
+    draw = np.random.default_rng(0)
+    batches = [random_batch(config, draw) for _ in range(4)]
     with use_mesh(mesh):
-        plan = plan_state(config, mesh)
-        batches = [random_batch(config, draw) for _ in range(4)]
-        abstract = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batches[0]))
-        started = time.monotonic()
-        step = make_train_step(plan, config, 1).lower(plan.abstract, abstract).compile()
-        compiled = time.monotonic() - started
         state, seconds = plan.initialize(), []
-        for number in range(3 + arguments.steps):
+        for number in range(WARM_STEPS + steps):
             begun = time.monotonic()
             state, metrics = step(state, place_batch(batches[number % 4], mesh))
             loss = float(metrics["loss"])  # waits for the step, as a journal line does
             seconds.append(time.monotonic() - begun)
-    median = float(np.median(seconds[3:]))
-    flops, peak = config.model.flops_per_token(length), peak_flops(jax.devices()[:1])
+        kernels = {}
+        if profile:
+            with tempfile.TemporaryDirectory() as folder:
+                with jax.profiler.trace(folder):
+                    for batch in batches[:3]:
+                        state, metrics = step(state, place_batch(batch, mesh))
+                    jax.block_until_ready(state)
+                kernels = {"kernels_ms": longest_kernels(Path(folder), 3)}
+    median = float(np.median(seconds[WARM_STEPS:]))
+    tokens = config.data.sequence_length * config.data.batch_size
+    flops, peak = config.model.flops_per_token(config.data.sequence_length), peak_flops(jax.devices()[:1])
     return {
-        "tokens_per_second": round(length * batch / median, 1),
-        "mfu": None if peak is None else round(flops * length * batch / median / peak, 4),
+        "tokens_per_second": round(tokens / median, 1),
+        "mfu": None if peak is None else round(flops * tokens / median / peak, 4),
         "peak_gib": round(_peak_bytes(step) / 2**30, 3),
         "step_ms": round(1e3 * median, 3),
-        "step_ms_range": [round(1e3 * min(seconds[3:]), 3), round(1e3 * max(seconds[3:]), 3)],
+        "step_ms_range": [round(1e3 * pick(seconds[WARM_STEPS:]), 3) for pick in (min, max)],
         "parameters": config.model.num_parameters(),
         "loss": round(loss, 4),
         "compile_s": round(compiled, 1),
-    }
+    } | kernels
+
+
+def longest_kernels(folder: Path, steps: int, count: int = 40) -> dict[str, list[float]]:
+    """Of the device's kernels in a profiler trace the longest: milliseconds and launches per step, by name."""
+    [file] = folder.rglob("*.xplane.pb")
+    times: dict[str, list[float]] = {}
+    for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+        if not plane.name.startswith("/device:"):
+            continue
+        for line in plane.lines:
+            if not line.name.startswith("Stream"):
+                continue
+            for event in line.events:
+                entry = times.setdefault(event.name[:90], [0.0, 0])
+                entry[0] += event.duration_ns / 1e6 / steps
+                entry[1] += 1 / steps
+    longest = sorted(times.items(), key=lambda item: -item[1][0])
+    rest = [sum(value[i] for _, value in longest[count:]) for i in (0, 1)]
+    chosen = dict(longest[:count]) | {"all others": rest}
+    return {name: [round(ms, 3), round(launches, 1)] for name, (ms, launches) in chosen.items()}
 
 
 def _peak_bytes(step: jax.stages.Compiled) -> int:
@@ -134,13 +203,12 @@ def _peak_bytes(step: jax.stages.Compiled) -> int:
     return kept + memory.temp_size_in_bytes
 
 
-def time_parts(preset: str, length: int, batch: int, implementation: str, arguments: Arguments) -> dict[str, float]:
+def time_parts(training_config: TrainConfig) -> dict[str, float]:
     """Milliseconds per step of each part by itself, forward + backward, times the layers that have it.
 
     "mixer" has "operator" in it, "block" has mixer, MLP and norms.
     """
-    training_config = training(preset, length, batch, implementation, arguments)
-    config = training_config.model
+    config, length, batch = training_config.model, training_config.data.sequence_length, training_config.data.batch_size
     x = jax.random.normal(jax.random.key(0), (batch, length, config.hidden_size), config.dtype)
     layers, parts = config.num_layers, {}
 
@@ -228,14 +296,10 @@ def _milliseconds(fn: Callable, *arguments: Any, rounds: int = 8) -> float:
 
 def draw(rows: list[dict]) -> Callable:
     def draw_axes(axes):
-        rows_that_ran = [row for row in rows if "error" not in row]
-        names = [
-            row["model"] + ("" if row["implementation"] == "fastest" else f", {row['implementation']}")
-            for row in rows_that_ran
-        ]
-        shapes = list(dict.fromkeys(row["shape"] for row in rows_that_ran))
-        for name in dict.fromkeys(names):
-            chosen = [row for row, of in zip(rows_that_ran, names, strict=True) if of == name]
+        ran = [row for row in rows if "error" not in row]
+        shapes = list(dict.fromkeys(row["shape"] for row in ran))
+        for name in dict.fromkeys(_name(row) for row in ran):
+            chosen = [row for row in ran if _name(row) == name]
             places = [shapes.index(row["shape"]) for row in chosen]
             axes[0].plot(places, [row["tokens_per_second"] / 1e3 for row in chosen], "o-", label=name)
             axes[1].plot(places, [row["peak_gib"] for row in chosen], "o-", label=name)
@@ -244,46 +308,64 @@ def draw(rows: list[dict]) -> Callable:
             one.set(title=title, xlabel="length x batch")
             one.set_ylim(bottom=0)
             one.grid(alpha=0.3)
-        axes[0].legend()
+        axes[0].legend(fontsize="small")
 
     return draw_axes
+
+
+def _name(row: dict[str, Any]) -> str:
+    parts = [row["model"]]
+    parts += [row["implementation"]] if row["implementation"] != "fastest" else []
+    parts += [f"remat {row['remat']}"] if row["remat"] != "none" else []
+    return ", ".join(parts)
 
 
 def run(arguments: Arguments) -> None:
     gpu = jax.default_backend() == "gpu"
     models = arguments.models or ",".join(f"{model}-{'1.3b' if gpu else 'small-bytes'}" for model in MODELS)
-    for preset in models.split(","):
+    shapes = arguments.shapes or ("2048x8,4096x4,8192x2,16384x1" if gpu else "64x4,256x1")
+    lists = [text.split(",") for text in (shapes, models, arguments.implementations, arguments.remat)]
+    for preset in lists[1]:
         if preset not in PRESETS:
             raise UserError(f'models has "{preset}": choose from {", ".join(PRESETS)}')
-    shapes = arguments.shapes or ("2048x8,4096x4,8192x2,16384x1" if gpu else "64x4,256x1")
-    settings = {"remat": arguments.remat, "scan_layers": arguments.scan_layers, "steps": arguments.steps}
+    cases = [Case(model, shape, kernel, remat) for shape, model, kernel, remat in itertools.product(*lists)]
+    for case in cases:
+        training(case, arguments.scan_layers)  # refuses what makes no model, before anything is measured
+    settings = {"scan_layers": arguments.scan_layers, "steps": arguments.steps}
     results = ResultsFile(arguments.results / "throughput.json", settings)
-    for shape in shapes.split(","):
-        length, batch = _shape(shape)
-        for preset in models.split(","):
-            for implementation in arguments.implementations.split(","):
-                key = {"model": preset, "shape": shape, "implementation": implementation}
-                if results.find(**key) is None:
-                    results.add(key | _row(preset, length, batch, implementation, arguments))
-                _say(results.find(**key))
+    absent = [case for case in cases if results.find(**case._asdict()) is None]
+    with ThreadPoolExecutor(arguments.compile_threads) as pool:
+        compiling = {case: pool.submit(prepare, case, arguments.scan_layers) for case in absent}
+        if arguments.compile_threads > 1:
+            wait(compiling.values())
+        for case in cases:
+            if case in compiling:
+                results.add(case._asdict() | _row(compiling.pop(case).result(), arguments))
+            _say(results.find(**case._asdict()))
     plot(arguments.results / "throughput.png", draw(results.rows), columns=2)
     print(f"results: {results.path} and throughput.png beside it")
 
 
-def _row(preset: str, length: int, batch: int, implementation: str, arguments: Arguments) -> dict[str, Any]:
+def _row(prepared: Prepared | str, arguments: Arguments) -> dict[str, Any]:
+    if isinstance(prepared, str):
+        return {"error": prepared}
     try:
-        row = measure(preset, length, batch, implementation, arguments)
+        row = measure(prepared, arguments.steps, arguments.profile)
         gc.collect()
         if arguments.parts:
-            row["parts_ms"] = time_parts(preset, length, batch, implementation, arguments)
-    except (NotImplementedError, ValueError, RuntimeError) as error:  # the others are measured all the same
-        row = {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+            row["parts_ms"] = time_parts(prepared.config)
+    except (NotImplementedError, ValueError, RuntimeError) as error:  # the other rows are measured all the same
+        row = {"error": _one_line(error)}
     gc.collect()
     return row
 
 
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+
+
 def _say(row: dict[str, Any]) -> None:
-    named = f"{row['model']} {row['shape']} {row['implementation']}"
+    named = f"{_name(row)} {row['shape']}"
     if "error" in row:
         print(f"{named}: {row['error']}", flush=True)
         return

@@ -1,5 +1,7 @@
 """The examples have the properties that the task is made of, and the smallest sweep learns, stops and resumes."""
 
+import json
+
 import jax
 import mqar
 import numpy as np

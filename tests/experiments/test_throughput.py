@@ -32,7 +32,7 @@ def test_rows(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "throughput.png").exists()
 
     said = capsys.readouterr().out
-    monkeypatch.setattr(throughput, "measure", None)  # a second start measures nothing
+    monkeypatch.setattr(throughput, "prepare", None)  # a second start measures nothing
     assert main(command) == 0
     assert capsys.readouterr().out.splitlines()[0] == said.splitlines()[0]
 
