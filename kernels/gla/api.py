@@ -9,6 +9,7 @@ from . import recurrence
 
 IMPLEMENTATIONS = {  # as `kernels.dispatch` says
     "mosaic_gpu": "kernels.gla.mosaic_gpu",
+    "triton": "kernels.gla.triton",
     "xla": "kernels.gla.chunked",
     "reference": "kernels.gla.recurrence",
 }
@@ -38,8 +39,8 @@ def gated_linear_attention(
       segment_ids: int32. The state restarts from zero wherever the id changes along T; `initial_state` belongs to the
         first segment of a row, the final state to its last.
       return_final_state: also return S_T, float32.
-      implementation: "mosaic_gpu", "xla", "reference", or None for the fastest that supports this call on this
-        device; see `choose`.
+      implementation: "mosaic_gpu", "triton", "xla", "reference", or None for the fastest that supports this call on
+        this device; see `choose`.
 
     Returns:
       o in v's dtype, or (o, final state). Differentiable in every float array, states included.
