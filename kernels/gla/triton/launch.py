@@ -14,7 +14,7 @@ CHUNK = 64
 OUTPUTS = "out_type" if "out_type" in inspect.signature(jax_triton.triton_call).parameters else "out_shape"  # 0.4, 0.3
 
 
-def launch(kernel, inputs, outputs, blocks, tile, **constants):
+def launch(kernel, inputs, outputs, blocks, tile, capability, **constants):
     """One call: pointers to inputs, the padded length, pointers to outputs; a row of `blocks` programs."""
     T = inputs[0].shape[1]
     return jax_triton.triton_call(
@@ -24,6 +24,7 @@ def launch(kernel, inputs, outputs, blocks, tile, **constants):
         grid=(blocks,),
         num_warps=tile.warps,
         num_stages=tile.stages,
+        compute_capability=capability,
         **{OUTPUTS: tuple(outputs)},
         **constants,
     )
@@ -39,7 +40,7 @@ class Kernels:
     def __init__(self, q, k, v, log_alpha, scale, capability):
         (self.B, self.T, self.H, self.K), (self.G, self.V) = q.shape, v.shape[2:]
         exact = not all(x.dtype == jnp.bfloat16 for x in (q, k, v))
-        self.scale = scale
+        self.scale, self.capability = scale, capability
         self.operand = jnp.float32 if exact else jnp.bfloat16
         self.precision = "tf32x3" if exact else "tf32"
         self.limit = 0.0 if exact else 40.0  # nats: exp(2 * 40) times a product of ordinary values is finite in float32
@@ -56,7 +57,7 @@ class Kernels:
             jax.ShapeDtypeStruct((B, T, H, CHUNK), self.operand),
         )
         return launch(
-            weights.prepare, (q, k, log_alpha, weights.tables()), outputs, B * H * T // CHUNK, tile,
+            weights.prepare, (q, k, log_alpha, weights.tables()), outputs, B * H * T // CHUNK, tile, self.capability,
             SCALE=self.scale, H=H, G=G, K=K, KEYS=tile.keys, LIMIT=self.limit, LIMBS=self.gate_limbs,
             PRECISION=self.precision,
         )  # fmt: skip
@@ -70,7 +71,7 @@ class Kernels:
         )
         inputs = (x, y, decay, decay if boundary is None else boundary)
         return launch(
-            walk.states, inputs, outputs, B * H * (K // tile.keys) * (V // tile.values), tile,
+            walk.states, inputs, outputs, B * H * (K // tile.keys) * (V // tile.values), tile, self.capability,
             H=H, X_RATIO=H // x.shape[2], Y_RATIO=H // y.shape[2], DECAY_RATIO=H // self.G, K=K, V=V, KEYS=tile.keys,
             VALUES=tile.values, HAS_BOUNDARY=boundary is not None, REVERSE=reverse, PRECISION=self.precision,
         )  # fmt: skip
@@ -79,7 +80,7 @@ class Kernels:
         B, T, H, K, V, tile = self.B, self.T, self.H, self.K, self.V, self.tiles.rows
         (o,) = launch(
             walk.rows, (x, states, p, y), (jax.ShapeDtypeStruct((B, T, H, V), dtype),),
-            B * H * (T // CHUNK) * (V // tile.values), tile,
+            B * H * (T // CHUNK) * (V // tile.values), tile, self.capability,
             H=H, X_RATIO=H // x.shape[2], Y_RATIO=H // y.shape[2], K=K, V=V, KEYS=tile.keys, VALUES=tile.values,
             TRANSPOSED=transposed, PRECISION=self.precision,
         )  # fmt: skip
@@ -89,7 +90,8 @@ class Kernels:
         B, T, H, tile = self.B, self.T, self.H, self.tiles.products
         (dp,) = launch(
             gradients_kernels.products, (do, v), (jax.ShapeDtypeStruct((B, T, H, CHUNK), self.operand),),
-            B * H * T // CHUNK, tile, H=H, G=self.G, V=self.V, VALUES=tile.values, PRECISION=self.precision,
+            B * H * T // CHUNK, tile, self.capability,
+            H=H, G=self.G, V=self.V, VALUES=tile.values, PRECISION=self.precision,
         )  # fmt: skip
         return dp
 
@@ -98,7 +100,7 @@ class Kernels:
         inputs = (q, k, v, log_alpha, do, dp, states, d_states, q if documents is None else documents, weights.tables())
         return launch(
             gradients_kernels.gradients, inputs, [jax.ShapeDtypeStruct((B, T, H, K), dtype) for dtype in dtypes],
-            B * H * (T // CHUNK) * (K // tile.keys), tile,
+            B * H * (T // CHUNK) * (K // tile.keys), tile, self.capability,
             SCALE=self.scale, H=H, G=self.G, K=K, V=self.V, KEYS=tile.keys, VALUES=tile.values,
             PACKED=documents is not None, LIMIT=self.limit, GATE_LIMBS=self.gate_limbs, LIMBS=self.limbs,
             PRECISION=self.precision,

@@ -24,9 +24,6 @@ class Tiles:
     gradients: Tile
 
 
-SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227}  # KiB that a block can have; 80 also stands for 87, 90 for later
-
-
 def padded_width(width: int) -> int:
     """The width that the kernels run at: a power of two from 16 to 64, or a multiple of 64."""
     return next((w for w in (16, 32, 64) if w >= width), -(-width // 64) * 64)
@@ -37,18 +34,20 @@ def tiles_for(capability: int, K: int, V: int, exact: bool) -> Tiles:
     small = capability in (86, 89)  # 99 KiB of shared memory a block
     keys, values = min(K, 64), min(V, 64)
     if exact:
+        narrow = min(K, 32 if capability >= 90 else 16)
         return Tiles(
-            prepare=Tile(min(K, 32), 0, warps=8, stages=1),
-            states=Tile(keys, values, warps=8, stages=1 if small else 2),
+            prepare=Tile(narrow, 0, warps=8, stages=1),
+            states=Tile(min(K, 32), values, warps=8, stages=1 if small else 2),
             rows=Tile(min(K, 32), values, warps=8, stages=1 if small else 2),
             products=Tile(0, min(V, 32), warps=8, stages=1 if small else 2),
-            gradients=Tile(min(K, 32), min(V, 32), warps=8, stages=1),
+            gradients=Tile(min(K, 16), values, warps=8, stages=1),
         )
     wide = 128 if V % 128 == 0 else values
+    stages = 2 if small else 3
     return Tiles(
         prepare=Tile(min(K, 32), 0, warps=4, stages=1),
-        states=Tile(keys, wide, warps=4, stages=2 if small else 3),
-        rows=Tile(keys, wide, warps=4, stages=2 if small else 3),
-        products=Tile(0, values, warps=4, stages=2 if small else 3),
+        states=Tile(keys, wide, warps=4, stages=stages),
+        rows=Tile(keys, wide, warps=4, stages=stages),
+        products=Tile(0, values, warps=4, stages=stages),
         gradients=Tile(min(K, 32), values, warps=4, stages=1),
     )
