@@ -45,9 +45,9 @@ def tiles_for(capability: int, K: int, V: int, exact: bool) -> Tiles:
     wide = 128 if V % 128 == 0 else values
     stages = 2 if small else 3
     return Tiles(
-        prepare=Tile(min(K, 32), 0, warps=4, stages=1),
+        prepare=Tile(keys if capability >= 90 else min(K, 32), 0, warps=4, stages=1),
         states=Tile(keys, wide, warps=4, stages=stages),
         rows=Tile(keys, wide, warps=4, stages=stages),
         products=Tile(0, values, warps=4, stages=stages),
-        gradients=Tile(min(K, 32), values, warps=4, stages=1),
+        gradients=Tile(min(K, 32), values, warps=4, stages=stages if V > values else 1),
     )

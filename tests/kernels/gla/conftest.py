@@ -1,6 +1,7 @@
 """What the shared suite runs on: the implementations, the cases, and a float64 oracle that shares no code with them."""
 
 import dataclasses
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ class Implementation:
 
 
 IMPLEMENTATIONS = [Implementation("reference"), Implementation("xla")]
+if jax.default_backend() == "gpu" and importlib.util.find_spec("jax_triton"):
+    IMPLEMENTATIONS.append(Implementation("triton"))
 
 # Relative RMS error against the oracle on the same inputs: forward, gradients.
 TOLERANCES = {"float32": (5e-6, 2e-5), "bfloat16": (4e-3, 5e-3), "float16": (1e-3, 1e-3)}
