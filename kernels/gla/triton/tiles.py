@@ -49,5 +49,5 @@ def tiles_for(capability: int, K: int, V: int, exact: bool) -> Tiles:
         states=Tile(keys, wide, warps=4, stages=stages),
         rows=Tile(keys, wide, warps=4, stages=stages),
         products=Tile(0, values, warps=4, stages=stages),
-        gradients=Tile(min(K, 32), values, warps=4, stages=stages if V > values else 1),
+        gradients=Tile(min(K, 32), values, warps=4, stages=stages if values < V else 1),
     )
