@@ -1,13 +1,14 @@
 """The forward walk: a block per (batch, head, value block, piece of the sequence), one pass, state in registers.
 
-Per chunk of 64 tokens (equations of kernels/gla/chunked.py, anchors of anchors.py):
+Per chunk of 64 tokens (equations of kernels/gla/chunked.py, anchors of tables.py):
 
     o  = (q exp(b)) S + tril(P) v          S' = exp(b_63) S + (k exp(b_63 - b))^T v
 
-In tier 1 q and k are gated once, around the middle anchor m, and serve every product: the state is kept in the same
-frame by S_hat = exp(b_m) S, so that S' = exp(b_63 - b_m) (S_hat + k~^T v) costs one multiply of the state and no
+In tier 1 q and k are gated once, around the middle of the chunk, and serve every product: the state is kept in the same
+frame by S_hat = exp(b_31) S, so that S' = exp(b_63 - b_31) (S_hat + k~^T v) costs one multiply of the state and no
 further exponentials. S_hat in bf16 is also what the backward needs of the forward, so it can be written out from
-shared memory as it stands.
+shared memory as it stands. In tiers 2 and 3 q and k stay as they came while each level is gated into tiles of its own:
+the room of S_hat and of o, which are not there yet.
 """
 
 import dataclasses
@@ -18,23 +19,48 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .anchors import (
-    ANCHORS,
+from .pieces import Pieces, carry_in
+from .tables import (
     CHUNK,
-    DEPTHS,
+    DIAGONAL,
     FIRST,
     FLOOR,
+    LEVELS,
+    LOG2_E,
+    LOWER,
+    LOWER_IN_16,
+    MATRIX_ROWS,
+    MIDDLE,
     PREFIX,
-    RESIDENT,
     SECOND,
     SUFFIX,
     beyond_limit,
-    bounded_pairs,
-    constant_rows,
-    in_right_half,
-    level_pairs,
+    codes,
+    has,
+    has_all,
+    level_of,
+    matrices,
+    matrix,
+    to_exponents,
 )
-from .warpgroup import BF16, COLUMN, F32, ROW, TILE, WGMMA, Products, along_columns, along_rows, load, meet, pin, shared
+from .warpgroup import (
+    BF16,
+    COLUMN,
+    F32,
+    ROW,
+    TILE,
+    WGMMA,
+    Products,
+    along_columns,
+    along_rows,
+    iota,
+    load,
+    meet,
+    pin,
+    shared,
+    split,
+    where,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +69,8 @@ class ForwardTiles:
 
     value_block: int  # columns of v per block: 64 or 128
     warpgroups: int  # each owns K / warpgroups rows of the state and value_block / warpgroups columns of o
-    stages: int  # chunks of q, k, v, log_alpha in shared memory
-    segments: int = 1  # pieces of the sequence walked side by side, each from its own initial state
+    stages: int = 2  # chunks of q, k, v, log_alpha in shared memory
+    segments: int = 1  # pieces of the sequence walked side by side
 
 
 def forward(
@@ -56,24 +82,26 @@ def forward(
     scale,
     tiles: ForwardTiles,
     initial_state=None,
+    pieces: Pieces | None = None,
     documents=None,
     save_states=False,
     interpret=None,
 ):
-    """o, final states and (on request) the states that enter each chunk.
+    """o, the final state and (on request) the states that enter each chunk.
 
     Args:
-      q: [B, T, H, K] bf16, T a multiple of 64 * tiles.segments; K 64, 128 or 256.
+      q: [B, T, H, K] bf16, T a multiple of 64 * tiles.segments; K 64 or 128 (256: see wide.py).
       k, log_alpha: [B, T, G, K] bf16. v: [B, T, G, V] bf16, V a multiple of tiles.value_block.
       scale: multiplies q.
-      initial_state: [B, H, N, K, V] float32, the state that enters each of the N = tiles.segments pieces, or None for
-        zero.
+      initial_state: [B, H, K, V] float32, or None for zero.
+      pieces: with tiles.segments > 1, what each piece adds to the state, from `own_states`.
       documents: [B, T] int32, a number that changes, and never comes back, where the state restarts; or None.
-      save_states: also return the states entering each chunk, [B, H, T / 64, K, V] bf16, in the frame that the
-        chunk's tier uses.
+      save_states: also return what the backward needs of the walk.
 
     Returns:
-      o [B, T, H, V] bf16, the state that leaves each piece, [B, H, N, K, V] float32, and the chunk states or None.
+      o [B, T, H, V] bf16; the final state, [B, H, K, V] float32; and on request, else an empty list, the tier of each
+      chunk, [B, H, T / 64] int32, and the states that enter the chunks, in the frame that the chunk's tier uses: for
+      each 64 key channels an array [B, T, H, V] bf16, whose rows of a chunk are the rows of its state.
     """
     B, T, H, K = q.shape
     G, V = v.shape[2:]
@@ -86,28 +114,27 @@ def forward(
 
     def kernel(*refs):
         refs = list(refs)
-        q_g, k_g, v_g, g_g, constants_g = refs[:5]
-        del refs[:5]
+        q_g, k_g, v_g, g_g, codes_g, matrices_g = refs[:6]
+        del refs[:6]
         state_g = refs.pop(0) if has_state else None
+        own_g, decay_g = (refs.pop(0), refs.pop(0)) if N > 1 else (None, None)
         documents_g = refs.pop(0) if packed else None
-        o_g, final_g, parked_g = refs[:3]
-        del refs[:3]
-        saved_g = refs.pop(0) if save_states else None
-        q_s, k_s, v_s, g_s, states_s, o_s, constants_s, zero_s, worst, arrived, constants_arrived, met, *rest = refs
+        o_g, final_g = refs[:2]
+        del refs[:2]
+        tiers_g = refs.pop(0) if save_states else None
+        saved_g = [refs.pop(0) for _ in range(K // 64)] if save_states else None
+        q_s, k_s, v_s, g_s, states_s, o_s, codes_s, matrices_s, zero_s, rows_s, *refs = refs
+        arrived, tables_arrived, met, *rest = refs
         documents_s = rest.pop(0) if packed else None
         spare = rest.pop(0) if interpreted else None
 
         w = lax.axis_index("warpgroup")
-        program = lax.axis_index("block")
-        index = program
-        block, index = index % blocks, index // blocks
-        piece, index = index % N, index // N
-        h, b = index % H, index // H
-        g = h // (H // G)
+        (block, piece, h), b = split(lax.axis_index("block"), blocks, N, H)
+        g = lax.div(h, H // G)
         first = piece * steps
         columns = pl.ds(block * VB, VB)
         mine = lambda c: pl.ds(w * KW + c.start, 64)  # this warpgroup's key columns
-        own_rows, own_values = pl.ds(w * KW, KW), pl.ds(w * VW, VW) if VB >= 64 * W else pl.ds(0, VW)
+        own_values = pl.ds(w * VW, VW) if VB >= 64 * W else pl.ds(0, VW)
         product = Products(None if spare is None else spare.at[w])
         barrier = met if W > 1 else None
 
@@ -127,104 +154,154 @@ def forward(
         @pl.when(w == 0)
         def _():
             zero_s[0] = jnp.int32(0)
-            plgpu.copy_gmem_to_smem(constants_g.at[pl.ds(0, RESIDENT)], constants_s.at[0], constants_arrived)
+            plgpu.copy_gmem_to_smem(codes_g, codes_s.at[0], tables_arrived)
+            plgpu.copy_gmem_to_smem(matrices_g, matrices_s.at[0], tables_arrived)
 
         for step in range(min(stages, steps)):
             fetch(step)
-        plgpu.barrier_wait(constants_arrived)
+        plgpu.barrier_wait(tables_arrived)
         meet(barrier)
 
+        def gate_products(c, g_c, of_gates):
+            """Of 64 key channels: exponents around the middle of the chunk, and sums over its halves."""
+            gates = g_c.at[:, mine(c)]
+            halves = [([(gates.T, of_gates.at[pl.ds(start, 8)].T)], (64, 8)) for start in (FIRST, SECOND)]
+            return ([(of_gates.at[pl.ds(MIDDLE, 64)], gates)], TILE), *halves
+
+        def noted(D, *halves):
+            """D, and exp of the halves' sums per row of the state, after noting where D exceeds its limit."""
+            exceeded = beyond_limit(D[0])
+            for x in D[1:]:
+                exceeded = jnp.maximum(exceeded, beyond_limit(x))
+            rows_s.at[0, w][...] = exceeded  # rows 0 and 63 are the largest exponents of tier 1
+            return D, *([jnp.exp(jnp.max(x, axis=1)) for x in half] for half in halves)
+
+        def gates_of(slot):
+            """Waits for a chunk, and makes its gate products, for every warpgroup to see what is noted."""
+            plgpu.barrier_wait(arrived.at[slot])
+            gated = [product.several(*gate_products(c, g_s.at[slot], matrices_s.at[zero_s[0]])) for c in slices]
+            gated = noted(*zip(*gated, strict=True))
+            plgpu.commit_smem()
+            meet(barrier)
+            return gated
+
+        def note_tier(step, tier):
+            if save_states:
+
+                @pl.when((w == 0) & (block == 0))
+                def _():
+                    tiers_g[b, h, first + step] = jnp.asarray(tier, jnp.int32)
+
         def chunk(step, carry):
-            S, document = carry
+            S, document, gated = carry
             slot = lax.rem(step, stages)
             q_c, k_c, v_c, g_c = q_s.at[slot], k_s.at[slot], v_s.at[slot], g_s.at[slot]
-            plgpu.barrier_wait(arrived.at[slot])
             # A zero that the compiler cannot see through: what it indexes is not hoisted out of the loop into scarce
             # registers.
             zero = zero_s[0]
-            S_s, constants = states_s.at[zero], constants_s.at[zero]
-            depths = lambda: load(constants.at[pl.ds(DEPTHS, 64)]).astype(F32)
+            S_s, tables, of_gates = states_s.at[zero], codes_s.at[zero], matrices_s.at[zero]
+            D, before, after = gates_of(slot) if gated is None else gated
+
+            def agreed(use, rows):
+                """Whether no warpgroup noted, for this use, an exceeded limit in any of `rows`."""
+                within = jnp.bool_(True)
+                for i in range(W):
+                    for row in rows:
+                        within &= rows_s[use, i, row] == 0.0
+                return within
 
             if packed:
                 own_document = load(documents_s.at[slot], ROW)
                 opens, closes = documents_s[slot, 0], documents_s[slot, 63]
-                S = tuple(s * (opens == document).astype(F32) for s in S)
+                entering, leaving = (opens == document).astype(F32), (opens == closes).astype(F32)
                 document = closes
 
-            def totals(c, start):
-                """exp of the gates summed over one half of the chunk, per row of the state. [64]."""
-                sums = product(g_c.at[:, mine(c)].T, constants.at[pl.ds(start, 8)].T, (64, 8))
-                return jnp.exp(jnp.max(sums, axis=1))
-
-            # Gate as tier 1 would, and note by how much the gates exceed it: rows 0 and 63 hold the largest exponents.
-            exceeded = plgpu.layout_cast(jnp.zeros((64,), F32), ROW)
-            for c in slices:
-                D = product(constants.at[pl.ds(0, 64)], g_c.at[:, mine(c)], TILE)
-                q_c.at[:, mine(c)][...] = (load(q_c.at[:, mine(c)]).astype(F32) * (jnp.exp(D) * scale)).astype(BF16)
-                k_c.at[:, mine(c)][...] = (load(k_c.at[:, mine(c)]).astype(F32) * jnp.exp(-D)).astype(BF16)
-                exceeded = jnp.maximum(exceeded, beyond_limit(D))
-            worst.at[w][...] = exceeded
-            before = [totals(c, FIRST) for c in slices]
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            for c, s, decay in zip(slices, S, before, strict=True):
-                S_s.at[mine(c)][...] = (s * along_rows(decay, (64, VB))).astype(BF16)
-            plgpu.commit_smem()
-            meet(barrier)
-            within = jnp.bool_(True)
-            for i in range(W):
-                within &= (worst[i, 0] == 0.0) & (worst[i, 63] == 0.0)
 
             def tier_1():
-                P = jnp.where(bounded_pairs(depths(), 6), product(q_c, k_c.T, TILE), 0.0)
-                return (pin(P.astype(BF16)), *S, *before, *(totals(c, SECOND) for c in slices))
+                entered = [x * entering for x in before] if packed else before
+                for c, x, s, decay in zip(slices, D, S, entered, strict=True):
+                    q_c.at[:, mine(c)][...] = (load(q_c.at[:, mine(c)]).astype(F32) * (jnp.exp(x) * scale)).astype(BF16)
+                    k_c.at[:, mine(c)][...] = (load(k_c.at[:, mine(c)]).astype(F32) * jnp.exp(-x)).astype(BF16)
+                    S_s.at[mine(c)][...] = (s * along_rows(decay, (64, VB))).astype(BF16)
+                plgpu.commit_smem()
+                meet(barrier)
+                note_tier(step, 1)
+                P = where(has(load(tables.at[0]), LOWER | DIAGONAL), product(q_c, k_c.T, TILE), 0.0)
+                return (P.astype(BF16), *entered, *after)
 
             def tiers_2_and_3():
-                P, kept = hard_chunk(step, S, S_s, depths, q_c, k_c, g_c)
-                whole = [totals(c, FIRST) * totals(c, SECOND) for c in slices]
-                return (P, *kept, *whole, *(jnp.ones_like(x) for x in whole))
+                P = hard_chunk(step, S_s, tables, q_c, k_c, g_c, agreed)
+                halves = [product.several(*gate_products(c, g_c, of_gates)[1:]) for c in slices]  # of finite gates
+                whole = [jnp.exp(jnp.max(x, axis=1) + jnp.max(y, axis=1)) for x, y in halves]
+                for c, s in zip(slices, S, strict=True):
+                    S_s.at[mine(c)][...] = (s * entering if packed else s).astype(BF16)
+                plgpu.commit_smem()
+                meet(barrier)
+                if packed:
+                    whole = [x * entering for x in whole]
+                return (P, *whole, *(plgpu.layout_cast(jnp.ones((64,), F32), ROW) for _ in whole))
 
-            P, *rest = lax.cond(within, tier_1, tiers_2_and_3)
+            # (The smaller branch last: Pallas lowers that one twice.)
+            P, *rest = lax.cond(~agreed(0, (0, 63)), tiers_2_and_3, tier_1)
             n = len(slices)
-            S, before, after = rest[:n], rest[n : 2 * n], rest[2 * n :]
+            before, after = rest[:n], rest[n:]
 
             if packed:
-                P = jnp.where(
-                    along_rows(own_document, TILE) == along_columns(load(documents_s.at[slot], COLUMN), TILE),
-                    P,
-                    jnp.zeros((), BF16),
-                )
-                before = [x * (opens == closes).astype(F32) for x in before]
+
+                def mixed():
+                    """The state that enters belongs to the rows of the chunk's first document, and only rows of its
+                    last go into the state that leaves."""
+                    meet(barrier)  # P is made of q and k as they were
+                    for x, chosen in ((q_c, opens), (k_c, closes)):
+                        for c in slices:
+                            rows = where(own_document == chosen, 1.0, 0.0)
+                            rows = plgpu.layout_cast(along_rows(plgpu.layout_cast(rows, ROW), TILE), WGMMA)
+                            x.at[:, mine(c)][...] = (load(x.at[:, mine(c)]).astype(F32) * rows).astype(BF16)
+                    plgpu.commit_smem()
+                    meet(barrier)
+                    return where(
+                        along_rows(own_document, TILE) == along_columns(load(documents_s.at[slot], COLUMN), TILE),
+                        P,
+                        jnp.zeros((), BF16),
+                    )
+
+                P = lax.cond(opens == closes, lambda: P, mixed)
+                before = [x * leaving for x in before]
 
             if saved_g is not None:
-                plgpu.copy_smem_to_gmem(S_s.at[own_rows], saved_g.at[b, h, first + step, own_rows, columns])
+                rows = pl.ds((first + step) * CHUNK, CHUNK)
+                for i, c in enumerate(slices):
+                    for owner in range(W):
+
+                        @pl.when(w == owner)
+                        def _(i=i, c=c, owner=owner):
+                            to = saved_g[owner * len(slices) + i]
+                            plgpu.copy_smem_to_gmem(S_s.at[mine(c)], to.at[b, rows, h, columns])
 
             @pl.when((w == 0) | (VB >= 64 * W))  # 64 columns are one warpgroup's work
             def _():
-                if packed:  # the state that enters belongs to the rows of the chunk's first document
-                    o = product(q_c, S_s.at[:, own_values], (64, VW))
-                    o = jnp.where(along_rows(own_document, (64, VW)) == opens, o, 0.0)
-                    o = product(P, v_c.at[:, own_values], (64, VW), onto=o)
-                else:
-                    o = product.total([(q_c, S_s.at[:, own_values]), (P, v_c.at[:, own_values])], (64, VW))
+                o = product.total([(q_c, S_s.at[:, own_values]), (P, v_c.at[:, own_values])], (64, VW))
                 o_s.at[w][...] = o.astype(BF16)
                 plgpu.commit_smem()
                 out = pl.ds(block * VB + own_values.start, VW)
                 plgpu.copy_smem_to_gmem(o_s.at[w], o_g.at[b, pl.ds((first + step) * CHUNK, CHUNK), h, out])
 
-            if packed:  # and only rows of its last document go into the state that leaves
+            following = lax.rem(step + 1, stages)
+            if stages > 1:
 
-                @pl.when(opens != closes)
+                @pl.when(step + 1 < steps)
                 def _():
-                    meet(barrier)
-                    for c in slices:
-                        keys = k_c.at[:, mine(c)]
-                        keys[...] = jnp.where(along_rows(own_document, TILE) == closes, load(keys), jnp.zeros((), BF16))
-                    plgpu.commit_smem()
+                    plgpu.barrier_wait(arrived.at[following])
 
-            moved = []
+            moved, ahead = [], []  # the gates of the next chunk come along with the state (after the last: no matter)
             for c, s, m, e in zip(slices, S, before, after, strict=True):
-                s = product(k_c.at[:, mine(c)].T, v_c, (64, VB), onto=s * along_rows(m, (64, VB)))
+                update, onto = [(k_c.at[:, mine(c)].T, v_c)], s * along_rows(m, (64, VB))
+                gate = gate_products(c, g_s.at[following], of_gates) if stages > 1 else ()
+                s, *gated = product.beside(update, onto, *gate)
                 moved.append(s * along_rows(e, (64, VB)))
+                ahead.append(gated)
+            ahead = noted(*zip(*ahead, strict=True)) if stages > 1 else None
             plgpu.commit_smem()
             meet(barrier)
 
@@ -232,95 +309,114 @@ def forward(
             def _():
                 fetch(step + stages)
 
-            return tuple(moved), document
+            return tuple(moved), document, ahead
 
-        def hard_chunk(step, S, S_s, depths, q_c, k_c, g_c):
-            """Tiers 2 and 3: P and the state, with q_c and k_c gated from the chunk's start and to its end, and S_s
-            the state itself."""
-            for c, s in zip(slices, S, strict=True):  # the state waits in device memory: the registers are needed here
-                parked_g.at[program, mine(c)][...] = s
-            rows = pl.ds((first + step) * CHUNK, CHUNK)
-            raw_q = lambda c: load(q_g.at[b, rows, h, mine(c)], optimized=False).astype(F32) * scale
-            raw_k = lambda c: load(k_g.at[b, rows, g, mine(c)], optimized=False).astype(F32)
-            meet(barrier)
-            matrix = lambda row: load(constants_g.at[pl.ds(row, 64)], optimized=False)
+        def hard_chunk(step, S_s, tables, q_c, k_c, g_c, agreed):
+            """Tiers 2 and 3: P, with q_c and k_c left gated from the chunk's start and to its end."""
+            # Tiles of 64 x 64, one for each 64 key channels of a warpgroup, twice.
+            ones = [lambda c, n: S_s.at[pl.ds(n * KW + c.start, 64), pl.ds(0, 64)]]
+            if VB > 64:
+                ones.append(lambda c, n: S_s.at[pl.ds(n * KW + c.start, 64), pl.ds(64, 64)])
+            else:
+                ones.append(lambda c, n: o_s.at[n])
+            all_tiles = lambda tile: [tile(c, n) for n in range(W) for c in slices]
             exceeded = plgpu.layout_cast(jnp.zeros((64,), F32), ROW)
             for c in slices:
                 gates = g_c.at[:, mine(c)]
                 gates[...] = jnp.maximum(load(gates), jnp.asarray(FLOOR, BF16))
-                plgpu.commit_smem()
-                exceeded = jnp.maximum(exceeded, beyond_limit(product(matrix(ANCHORS + 64 * 2), gates, TILE)))
-            worst.at[w][...] = exceeded
+            plgpu.commit_smem()
+
+            def exponents(c, table, bit):
+                return product(matrix(tables, table, bit), g_c.at[:, mine(c)], TILE) * to_exponents(bit)
+
+            for c in slices:
+                exceeded = jnp.maximum(exceeded, beyond_limit(exponents(c, *LEVELS[3]) * (1 / LOG2_E)))
+            rows_s.at[1, w][...] = exceeded
             plgpu.commit_smem()
             meet(barrier)
-            within = jnp.bool_(True)
-            for i in range(W):
-                for row in range(0, 64, 16):
-                    within &= (worst[i, row] == 0.0) & (worst[i, row + 15] == 0.0)
-            levels = jnp.where(within, 2, 6)
+            within = agreed(1, [row + end for row in range(0, 64, 16) for end in (0, 15)])
+            note_tier(step, jnp.where(within, 2, 3))
 
-            def gate(exponents):
-                """Writes this warpgroup's columns of q and k, times exp of what `exponents` gives for each."""
+            def write_level(n, tile):
+                """q in the right halves of the level's blocks and k in the left ones, gated from the anchor between."""
+                table, bit = level_of(n)
+                right = (iota(0) & (1 << n)) != 0
                 for c in slices:
-                    of_q, of_k = exponents(g_c.at[:, mine(c)])
-                    q_c.at[:, mine(c)][...] = (raw_q(c) * jnp.exp(of_q)).astype(BF16)
-                    k_c.at[:, mine(c)][...] = (raw_k(c) * jnp.exp(of_k)).astype(BF16)
+                    e = jnp.exp2(exponents(c, table, bit))
+                    q, k = (load(x.at[:, mine(c)]).astype(F32) for x in (q_c, k_c))
+                    tile(c, w)[...] = (where(right, q, k) * e).astype(BF16)
+
+            def two_levels(i, P):
+                for n, tile in zip((5 - 2 * i, 4 - 2 * i), ones, strict=True):
+                    write_level(n, tile)
                 plgpu.commit_smem()
                 meet(barrier)
-
-            def level(i, P):
-                half = 32 >> i
-                right = in_right_half(half)
-                D = matrix(ANCHORS + 64 * i)
-                for c in slices:
-                    e = jnp.exp(-jnp.abs(product(D, g_c.at[:, mine(c)], TILE)))
-                    q_c.at[:, mine(c)][...] = (jnp.where(right, raw_q(c), raw_k(c)) * e).astype(BF16)
-                plgpu.commit_smem()
-                meet(barrier)
-                P = pin(P + jnp.where(level_pairs(depths(), (5 - i).astype(F32)), product(q_c, q_c.T, TILE), 0.0))
+                for n, tile in zip((5 - 2 * i, 4 - 2 * i), ones, strict=True):
+                    pairs = product.total([(x, x.T) for x in all_tiles(tile)], TILE)
+                    P = pin(where(has_all(load(tables.at[0]), LOWER | (1 << n)), pairs, P))
                 meet(barrier)
                 return P
 
-            def around_middle(gates):
-                D = product(matrix(ANCHORS + 64 * 2), gates, TILE) * within.astype(F32)  # 0 in tier 3: single rows
-                return D, -D
-
-            P = lax.fori_loop(0, levels, level, plgpu.layout_cast(jnp.zeros(TILE, F32), WGMMA))
-            gate(around_middle)
-            P = pin(
-                (
-                    P + jnp.where(bounded_pairs(depths(), (6 - levels).astype(F32)), product(q_c, k_c.T, TILE), 0.0)
-                ).astype(BF16)
+            P = lax.fori_loop(
+                0, jnp.where(within, 1, 3), two_levels, plgpu.layout_cast(jnp.zeros(TILE, F32), WGMMA)
             )
-            meet(barrier)
-            gate(lambda gates: (product(matrix(PREFIX), gates, TILE), product(matrix(SUFFIX), gates, TILE)))
-            S = tuple(load(parked_g.at[program, mine(c)], optimized=False) for c in slices)
-            for c, s in zip(slices, S, strict=True):
-                S_s.at[mine(c)][...] = s.astype(BF16)
-            plgpu.commit_smem()
-            meet(barrier)
-            return P, S
 
-        if has_state:
-            S = tuple(
-                plgpu.load(state_g.at[b, h, piece, mine(c), columns], layout=WGMMA, optimized=False) for c in slices
-            )
-        else:
-            S = tuple(plgpu.layout_cast(jnp.zeros((64, VB), F32), WGMMA) for _ in slices)
+            def bounded():
+                """Blocks of 16 rows, each around its middle."""
+                right = (iota(0) & 8) != 0
+                for c in slices:
+                    e = exponents(c, *LEVELS[3])
+                    e = where(right, e, -e)
+                    ones[0](c, w)[...] = (load(q_c.at[:, mine(c)]).astype(F32) * jnp.exp2(e)).astype(BF16)
+                    ones[1](c, w)[...] = (load(k_c.at[:, mine(c)]).astype(F32) * jnp.exp2(-e)).astype(BF16)
+                plgpu.commit_smem()
+                meet(barrier)
+                pairs = product.total([(x, y.T) for x, y in zip(*map(all_tiles, ones), strict=True)], TILE)
+                return where(has(load(tables.at[0]), LOWER_IN_16 | DIAGONAL), pairs, P)
+
+            def diagonal():
+                total = plgpu.layout_cast(jnp.zeros((64,), F32), ROW)
+                for c in slices:
+                    own = load(q_c.at[:, mine(c)]).astype(F32) * load(k_c.at[:, mine(c)]).astype(F32)
+                    total = total + jnp.sum(own, axis=1)
+                if W > 1:
+                    rows_s.at[2, w][...] = total
+                    plgpu.commit_smem()
+                    meet(barrier)
+                    total = load(rows_s.at[2, 0], ROW) + load(rows_s.at[2, 1], ROW)
+                return where(has(load(tables.at[0]), DIAGONAL), along_rows(total, TILE), P)
+
+            P = pin((lax.cond(within, bounded, diagonal) * scale).astype(BF16))
+            for c in slices:
+                q, k = q_c.at[:, mine(c)], k_c.at[:, mine(c)]
+                q[...] = (load(q).astype(F32) * (jnp.exp2(exponents(c, *PREFIX)) * scale)).astype(BF16)
+                k[...] = (load(k).astype(F32) * jnp.exp2(exponents(c, *SUFFIX))).astype(BF16)
+            meet(barrier)  # the tiles are read, and S_s can be written
+            return P
+
+        S = carry_in(
+            lambda c: None if state_g is None else load(state_g.at[b, h, mine(c), columns], optimized=False),
+            None if N == 1 else lambda c, n: load(own_g.at[b, g, n, mine(c), columns], optimized=False),
+            lambda c, n: load(decay_g.at[b, g, n, mine(c)], ROW, optimized=False),
+            slices, VB, piece, lambda i: i,
+        )  # fmt: skip
         document = documents_g[b, jnp.maximum(first * CHUNK - 1, 0)] if packed else jnp.int32(0)
-        S, _ = lax.fori_loop(0, steps, chunk, (S, document))
+        S, *_ = lax.fori_loop(0, steps, chunk, (S, document, gates_of(0) if stages > 1 else None))
 
-        for c, s in zip(slices, S, strict=True):
-            final_g.at[b, h, piece, mine(c), columns][...] = s
+        @pl.when(piece == N - 1)
+        def _():
+            for c, s in zip(slices, S, strict=True):
+                final_g.at[b, h, mine(c), columns][...] = s
 
         plgpu.wait_smem_to_gmem(0)
 
-    out_type = [jax.ShapeDtypeStruct((B, T, H, V), BF16), jax.ShapeDtypeStruct((B, H, N, K, V), F32)]
-    out_type.append(jax.ShapeDtypeStruct((B * H * N * blocks, K, VB), F32))  # where states are parked
+    out_type = [jax.ShapeDtypeStruct((B, T, H, V), BF16), jax.ShapeDtypeStruct((B, H, K, V), F32)]
     if save_states:
-        out_type.append(jax.ShapeDtypeStruct((B, H, T // CHUNK, K, V), BF16))
-    operands = [q, k, v, log_alpha, constant_rows()]
+        out_type += [jax.ShapeDtypeStruct((B, H, T // CHUNK), jnp.int32)]
+        out_type += [jax.ShapeDtypeStruct((B, T, H, V), BF16)] * (K // 64)
+    operands = [q, k, v, log_alpha, codes(), matrices()]
     operands += [initial_state] if has_state else []
+    operands += [pieces.own, pieces.decay] if N > 1 else []
     operands += [documents] if packed else []
     copies = 5 if packed else 4
     scratch = [
@@ -330,16 +426,17 @@ def forward(
         shared((stages, CHUNK, K)),
         shared((1, K, VB)),
         shared((W, CHUNK, VW)),
-        shared((1, RESIDENT, 64)),
+        shared((1, 2, CHUNK, CHUNK), jnp.int16),
+        shared((1, MATRIX_ROWS, CHUNK)),
         plgpu.SMEM((1,), jnp.int32),
-        plgpu.SMEM((W, 64), F32),
+        plgpu.SMEM((3, W, 64), F32),
         plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-        plgpu.Barrier(),
+        plgpu.Barrier(num_arrivals=2),
         plgpu.Barrier(num_arrivals=W),
     ]
     scratch += [plgpu.SMEM((stages, CHUNK), jnp.int32)] if packed else []
     scratch += [shared((W, 64, 64))] if interpreted else []
-    outputs = plgpu.kernel(
+    o, final_state, *states = plgpu.kernel(
         kernel,
         out_type=out_type,
         scratch_types=scratch,
@@ -350,5 +447,4 @@ def forward(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **({"interpret": interpret} if interpreted else {}),
     )(*operands)
-    o, final_state, _, *states = outputs
-    return o, final_state, (states[0] if save_states else None)
+    return o, final_state, states

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from ..partition import shard_over_batch_and_heads
-from . import pieces
 from .anchors import CHUNK
 from .backward import backward
 from .forward import forward
+from .pieces import own_gradients, own_states
 from .tiles import backward_tiles, forward_tiles, is_wide, padded_widths
 from .wide_operator import attend as attend_wide
 
@@ -78,28 +78,27 @@ def _attend_forward(scale, return_final_state, interpret, *inputs):
 
 
 def _attend_backward(scale, return_final_state, interpret, residuals, cotangents):
-    (q, k, v, log_alpha, state, documents), states = residuals
+    (q, k, v, log_alpha, state, documents), saved = residuals
     do, d_final = cotangents
-    names = ["B T H K", "B T G K", "B T G V", "B T G K", "B T H V", "B H C K V"]
-    arrays = [q, k, v, log_alpha, do, states]
+    names = ["B T H K", "B T G K", "B T G V", "B T G K", "B T H V", "B H C", *["B T H V"] * (len(saved) - 1)]
+    arrays = [q, k, v, log_alpha, do, *saved]
     if return_final_state:
         names, arrays = [*names, "B H K V"], [*arrays, d_final]
     if documents is not None:
         names, arrays = [*names, "B T"], [*arrays, documents]
 
-    def run(q, k, v, log_alpha, do, states, *rest):
-        rest = list(rest)
-        final_gradient = rest.pop(0)[:, :, None] if return_final_state else None
-        documents = rest.pop(0) if rest else None
+    def run(q, k, v, log_alpha, do, *rest):
+        (tiers_of_chunks, *states), rest = rest[: len(saved)], list(rest[len(saved) :])
+        final_gradient = rest.pop(0) if return_final_state else None
+        options = {"scale": scale, "documents": rest.pop(0) if rest else None, "interpret": interpret}
         tiles = backward_tiles(q.shape, v.shape)
-        walk = functools.partial(
-            backward, q, k, v, log_alpha, do, states, scale=scale, tiles=tiles, documents=documents, interpret=interpret
+        cut = own_gradients(q, do, log_alpha, pieces=tiles.segments, **options) if tiles.segments > 1 else None
+        dq, dk, dg, dv, d_initial = backward(
+            q, k, v, log_alpha, do, tiers_of_chunks, states, tiles=tiles, final_gradient=final_gradient, pieces=cut,
+            **options,
         )
-        if tiles.segments > 1:
-            final_gradient = pieces.leaving_gradients(walk()[-1], final_gradient, log_alpha, documents)
-        dq, dk, dg, dv, d_initial = walk(final_gradient=final_gradient)
         G = k.shape[2]
-        return _summed(dq, q.shape[2]), _summed(dk, G), _summed(dv, G), _summed(dg, G), d_initial[:, :, 0]
+        return _summed(dq, q.shape[2]), _summed(dk, G), _summed(dv, G), _summed(dg, G), d_initial
 
     outputs = ["B T H K", "B T G K", "B T G V", "B T G K", "B H K V"]
     dq, dk, dv, dg, d_state = _sharded(run, names, outputs, interpret)(*arrays)
@@ -119,20 +118,19 @@ def _forward(scale, interpret, save_states, q, k, v, log_alpha, state, documents
 
     def run(q, k, v, log_alpha, *rest):
         rest = list(rest)
-        initial_state = rest.pop(0)[:, :, None] if state is not None else None
-        documents = rest.pop(0) if rest else None
+        initial_state = rest.pop(0) if state is not None else None
+        options = {"documents": rest.pop(0) if rest else None, "interpret": interpret}
         tiles = forward_tiles(q.shape, v.shape)
-        walk = functools.partial(
-            forward, q, k, v, log_alpha, scale=scale, tiles=tiles, documents=documents, interpret=interpret
-        )
-        if tiles.segments > 1:
-            initial_state = pieces.entering_states(walk()[1], initial_state, log_alpha, documents)
-        o, leaving, states = walk(initial_state=initial_state, save_states=save_states)
-        return (o, leaving[:, :, -1], states) if save_states else (o, leaving[:, :, -1])
+        cut = own_states(k, v, log_alpha, pieces=tiles.segments, **options) if tiles.segments > 1 else None
+        o, final_state, states = forward(
+            q, k, v, log_alpha, scale=scale, tiles=tiles, initial_state=initial_state, pieces=cut,
+            save_states=save_states, **options,
+        )  # fmt: skip
+        return o, final_state, *states
 
-    outputs = ["B T H V", "B H K V"] + (["B H C K V"] if save_states else [])
+    outputs = ["B T H V", "B H K V"] + (["B H C"] + ["B T H V"] * (q.shape[-1] // 64) if save_states else [])
     o, final_state, *states = _sharded(run, names, outputs, interpret)(*arrays)
-    return o, final_state, (states[0] if save_states else None)
+    return o, final_state, states
 
 
 def _sharded(run, inputs, outputs, interpret):

@@ -1,64 +1,178 @@
 """Long sequences of few heads: cut into pieces that are walked side by side.
 
-A first walk from zero gives each piece's own state; with the decay of whole pieces, S_out = decay * S_in + S_own, an
-associative scan of [K, V] matrices gives the state that enters each, and a second walk the outputs. The backward is
-the mirror image. (Gla-math, "Sequence parallelism": here the devices are the multiprocessors of one card.)
+A first, lighter walk (no q, no o) gives the state that each piece builds from zero, and the decay through it: with
+S_out = decay * S_in + S_own, every walk of the second pass adds up the state that enters its piece before it starts.
+The backward is the mirror image. (Gla-math, "Sequence parallelism": here the devices are the multiprocessors of one
+card.)
+
+The state of a chunk, S' = exp(b_63) S + (k exp(b_63 - b))^T v, has no exponent that can be positive: no tiers here.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from .tables import CHUNK, FLOOR
+from .warpgroup import BF16, F32, ROW, TILE, WGMMA, Products, along_rows, load, shared, split, where
+
+STAGES = 3
 
 
-def entering_states(
-    own: Float[Array, "B H N K V"],
-    initial_state: Float[Array, "B H 1 K V"] | None,
-    log_alpha: Float[Array, "B T G K"],
-    documents: Int[Array, "B T"] | None,
-) -> Float[Array, "B H N K V"]:
-    """The state that enters each piece, from those that the pieces build from zero."""
-    first = jnp.zeros_like(own[:, :, :1]) if initial_state is None else initial_state
-    decay = _decay(own, log_alpha, documents)
-    _, states = jax.lax.associative_scan(_then, (decay[:, :, :-1], own[:, :, :-1]), axis=2)
-    carried = jnp.cumprod(decay[:, :, :-1], axis=2) * first
-    return jnp.concatenate([first, states + carried], axis=2)
+class Pieces(NamedTuple):
+    """What each piece but the last (backward: but the first) does to what enters it: decay * it + own."""
+
+    own: Float[Array, "B heads N-1 K V"]
+    decay: Float[Array, "B heads N-1 K"]
 
 
-def leaving_gradients(
-    own: Float[Array, "B H N K V"],
-    final_gradient: Float[Array, "B H 1 K V"] | None,
-    log_alpha: Float[Array, "B T G K"],
-    documents: Int[Array, "B T"] | None,
-) -> Float[Array, "B H N K V"]:
-    """The gradient of the state that leaves each piece, from those that the pieces give their entering state on their
-    own."""
-    last = jnp.zeros_like(own[:, :, :1]) if final_gradient is None else final_gradient
-    decay = _decay(own, log_alpha, documents)[:, :, 1:]
-    if documents is not None:  # a document that starts with a piece owes the tokens before nothing
-        before, rows = _rows(documents, own.shape[2])
-        own = jnp.where((before == rows[:, :, 0])[:, None, :, None, None], own, 0.0)
-    _, gradients = jax.lax.associative_scan(_then, (decay, own[:, :, 1:]), axis=2, reverse=True)
-    carried = jnp.flip(jnp.cumprod(jnp.flip(decay, 2), axis=2), 2) * last
-    return jnp.concatenate([gradients + carried, last], axis=2)
+def own_states(k, v, log_alpha, *, pieces: int, documents=None, interpret=None) -> Pieces:
+    """The state that each piece but the last builds from zero.
+
+    k, log_alpha: [B, T, G, K] bf16, T a multiple of 64 * pieces, K a multiple of 64. v: [B, T, G, V] bf16.
+    documents: [B, T] int32 or None. A document that ends in a piece leaves nothing, and lets nothing through.
+    """
+    return _walk(k, v, log_alpha, 1.0, pieces, documents, False, interpret)
 
 
-def _then(one, other):
-    """(d1, S1) followed by (d2, S2): (d1 d2, d2 S1 + S2)."""
-    return one[0] * other[0], other[0] * one[1] + other[1]
+def own_gradients(q, do, log_alpha, *, scale, pieces: int, documents=None, interpret=None) -> Pieces:
+    """The gradient that each piece but the first gives the state that enters it, where none leaves it.
+
+    q: [B, T, H, K] bf16. do: [B, T, H, V] bf16. log_alpha: [B, T, G, K] bf16.
+    """
+    return _walk(q, do, log_alpha, scale, pieces, documents, True, interpret)
 
 
-def _decay(own, log_alpha, documents):
-    """exp of the gates summed over each piece, 0 where no document runs through it from the token before. [B, H, N,
-    K, 1]."""
-    (B, T, G, K), (H, N) = log_alpha.shape, own.shape[1:3]
-    decay = jnp.exp(log_alpha.reshape(B, N, T // N, G, K).sum(2, dtype=jnp.float32))
-    if documents is not None:
-        before, rows = _rows(documents, N)
-        decay = jnp.where((before == rows[:, :, -1])[..., None, None], decay, 0.0)
-    return jnp.repeat(jnp.moveaxis(decay, 1, 2), H // G, axis=1)[..., None]
+def carry_in(initial, own, decay, slices, width, count, which):
+    """The state that enters a piece, from `initial` and what `count` pieces, `which(0)` first, make of it.
+
+    Each argument is a function of a slice of key channels, own and decay of a piece too; all give register arrays.
+    """
+    zero = lambda: plgpu.layout_cast(jnp.zeros((64, width), F32), WGMMA)
+    S = tuple(zero() if (s := initial(c)) is None else s for c in slices)
+    if own is None:
+        return S
+
+    def through(i, S):
+        n = which(i)
+        return tuple(s * along_rows(decay(c, n), (64, width)) + own(c, n) for c, s in zip(slices, S, strict=True))
+
+    return lax.fori_loop(0, count, through, S)
 
 
-def _rows(documents, N):
-    """The document before each piece (its own, for the first), [B, N], and those of its tokens, [B, N, T / N]."""
-    rows = documents.reshape(documents.shape[0], N, -1)
-    return jnp.concatenate([rows[:, :1, 0], rows[:, :-1, -1]], axis=1), rows
+def _walk(x, y, log_alpha, scale, pieces, documents, reverse, interpret):
+    """sum over rows of (x * what decays until the piece's end, or from its start)^T y."""
+    (B, T, H, K), V, G = x.shape, y.shape[-1], log_alpha.shape[2]
+    VB = min(V, 128)
+    key_blocks, value_blocks = K // 64, V // VB
+    steps = T // CHUNK // pieces
+    packed, interpreted = documents is not None, interpret is not None
+
+    def kernel(*refs):
+        x_g, y_g, g_g, sums_g, *refs = refs
+        documents_g = refs.pop(0) if packed else None
+        own_g, decay_g, x_s, y_s, g_s, sums_s, arrived, sums_arrived, *rest = refs
+        documents_s = rest.pop(0) if packed else None
+        spare = rest.pop(0).at[0] if interpreted else None
+
+        (vb, kb, n, h), b = split(lax.axis_index("block"), value_blocks, key_blocks, pieces - 1, H)
+        g = lax.div(h, H // G)
+        first = (n + reverse) * steps
+        keys, values = pl.ds(kb * 64, 64), pl.ds(vb * VB, VB)
+        product = Products(spare)
+
+        def rows_of(i):
+            return pl.ds((first + (steps - 1 - i if reverse else i)) * CHUNK, CHUNK)
+
+        def fetch(i):
+            slot, rows = lax.rem(i, STAGES), rows_of(i)
+            plgpu.copy_gmem_to_smem(g_g.at[b, rows, g, keys], g_s.at[slot], arrived.at[slot])
+            plgpu.copy_gmem_to_smem(x_g.at[b, rows, h, keys], x_s.at[slot], arrived.at[slot])
+            plgpu.copy_gmem_to_smem(y_g.at[b, rows, h, values], y_s.at[slot], arrived.at[slot])
+            if packed:
+                plgpu.copy_gmem_to_smem(documents_g.at[b, rows], documents_s.at[slot], arrived.at[slot])
+
+        plgpu.copy_gmem_to_smem(sums_g, sums_s, sums_arrived)
+        for i in range(min(STAGES, steps)):
+            fetch(i)
+        plgpu.barrier_wait(sums_arrived)
+
+        def chunk(i, carry):
+            S, decay, document = carry
+            slot = lax.rem(i, STAGES)
+            plgpu.barrier_wait(arrived.at[slot])
+            x_c, y_c, g_c = x_s.at[slot], y_s.at[slot], g_s.at[slot]
+            g_c[...] = jnp.maximum(load(g_c), jnp.asarray(FLOOR, BF16))
+            plgpu.commit_smem()
+            D = product(sums_s.at[pl.ds(0, 64)], g_c, TILE)
+            gated = load(x_c).astype(F32) * (jnp.exp(D) * scale)
+            x_c[...] = gated.astype(BF16)
+            whole = jnp.exp(jnp.max(product(g_c.T, sums_s.at[pl.ds(64, 8)].T, (64, 8)), axis=1))
+            if packed:
+                ends = documents_s[slot, 0], documents_s[slot, 63]
+                near, far = ends[::-1] if reverse else ends  # the side that the state comes from, and goes to
+                whole = whole * ((near == document) & (near == far)).astype(F32)
+                document = far
+
+                @pl.when(near != far)
+                def _():
+                    rows = where(load(documents_s.at[slot], ROW) == far, 1.0, 0.0)
+                    rows = plgpu.layout_cast(along_rows(plgpu.layout_cast(rows, ROW), TILE), WGMMA)
+                    x_c[...] = (load(x_c).astype(F32) * rows).astype(BF16)
+
+            plgpu.commit_smem()
+            S = product(x_c.T, y_c, (64, VB), onto=S * along_rows(whole, (64, VB)))
+            plgpu.commit_smem()
+
+            @pl.when(i + STAGES < steps)
+            def _():
+                fetch(i + STAGES)
+
+            return S, decay * whole, document
+
+        outside = lambda row: documents_g[b, jnp.clip(row, 0, T - 1)] if packed else jnp.int32(0)
+        before, after = outside(first * CHUNK - 1), outside((first + steps) * CHUNK)
+        S = plgpu.layout_cast(jnp.zeros((64, VB), F32), WGMMA)
+        decay = plgpu.layout_cast(jnp.ones((64,), F32), ROW)
+        S, decay, document = lax.fori_loop(0, steps, chunk, (S, decay, after if reverse else before))
+        if packed and reverse:  # a document that starts with the piece owes the tokens before nothing
+            joined = (document == before).astype(F32)
+            S, decay = S * joined, decay * joined
+        own_g.at[b, h, n, keys, values][...] = S
+
+        @pl.when(vb == 0)
+        def _():
+            decay_g.at[b, h, n, keys][...] = decay
+
+    i, t = jnp.arange(64)[:, None], jnp.arange(64)[None]
+    sums = jnp.concatenate([t <= i if reverse else t > i, jnp.ones((8, 64), bool)]).astype(BF16)
+    scratch = [
+        shared((STAGES, CHUNK, 64)),
+        shared((STAGES, CHUNK, VB)),
+        shared((STAGES, CHUNK, 64)),
+        shared((72, 64)),
+        plgpu.Barrier(num_arrivals=3 + packed, num_barriers=STAGES),
+        plgpu.Barrier(),
+    ]
+    scratch += [plgpu.SMEM((STAGES, CHUNK), jnp.int32)] if packed else []
+    scratch += [shared((1, 64, 64))] if interpreted else []
+    return Pieces(
+        *plgpu.kernel(
+            kernel,
+            out_type=[
+                jax.ShapeDtypeStruct((B, H, pieces - 1, K, V), F32),
+                jax.ShapeDtypeStruct((B, H, pieces - 1, K), F32),
+            ],
+            scratch_types=scratch,
+            grid=(B * H * (pieces - 1) * key_blocks * value_blocks,),
+            grid_names=("block",),
+            num_threads=1,
+            thread_name="warpgroup",
+            compiler_params=plgpu.CompilerParams(approx_math=True),
+            **({"interpret": interpret} if interpreted else {}),
+        )(x, y, log_alpha, sums, *([documents] if packed else []))
+    )

@@ -23,27 +23,36 @@ def is_wide(key_width: int, value_width: int) -> bool:
 def wide_tiles(q_shape, v_shape) -> WideTiles:
     """As many pieces as the card has multiprocessors for: a block of 128 rows of a state takes one."""
     (B, T, H, _), V = q_shape, v_shape[-1]
-    return WideTiles(pieces=_pieces(B * H * (V // 128), T, MULTIPROCESSORS))
+    walks, pieces, chunks = B * H * (V // 128), 1, T // CHUNK
+    while walks * pieces * 2 <= MULTIPROCESSORS and chunks % (pieces * 2) == 0 and chunks // (pieces * 2) >= 8:
+        pieces *= 2
+    return WideTiles(pieces=pieces)
 
 
 def forward_tiles(q_shape, v_shape) -> ForwardTiles:
-    """Blocks of 128 values, and as many chunks in flight as shared memory holds."""
+    """All keys and up to 128 values per block of threads."""
     (B, T, H, K), V = q_shape, v_shape[-1]
     block = min(V, 128)
-    pieces = _pieces(B * H * (V // block), T)
-    return ForwardTiles(block, warpgroups=min(K // 64, 2), stages=1 if K == 256 else 2, segments=pieces)
+    return ForwardTiles(block, warpgroups=K // 64, segments=_pieces(B * H * (V // block), T, K, block, lighter=0.4))
 
 
 def backward_tiles(q_shape, v_shape) -> BackwardTiles:
-    """Blocks of 128 x 128 channels: as much of a state and its gradient as one block of threads holds."""
+    """All keys and up to 128 values per block of threads: as much of a state and its gradient as it holds."""
     (B, T, H, K), V = q_shape, v_shape[-1]
-    key_block, value_block = min(K, 128), min(V, 128)
-    return BackwardTiles(key_block, value_block, segments=_pieces(B * H * (K // key_block) * (V // value_block), T))
+    block = min(V, 128)
+    return BackwardTiles(K, block, segments=_pieces(B * H * (V // block), T, K, block, lighter=0.14))
 
 
-def _pieces(walks: int, length: int, room: int = 2 * MULTIPROCESSORS) -> int:
-    """Into how many pieces to cut sequences that give too few walks to fill the card; each costs its tokens twice."""
-    pieces, chunks = 1, length // CHUNK
-    while walks * pieces * 2 <= room and chunks % (pieces * 2) == 0 and chunks // (pieces * 2) >= 8:
+def _pieces(walks: int, length: int, keys: int, values: int, *, lighter: float) -> int:
+    """Into how many pieces to cut sequences, so that the card is full: what leaves the fewest chunks to follow each
+    other, counting the walk for states, which takes `lighter` of a walk's time per chunk."""
+    at_once = MULTIPROCESSORS * (2 if keys == values == 64 else 1)
+    chunks = length // CHUNK
+    pieces, best, fewest = 2, 1, -(-walks // at_once) * chunks
+    while chunks % pieces == 0 and chunks // pieces >= 8:
+        states = lighter * max(walks * chunks / at_once, chunks / pieces)
+        steps = -(-walks * pieces // at_once) * (chunks // pieces) + states
+        if steps < 0.95 * fewest:
+            best, fewest = pieces, steps
         pieces *= 2
-    return pieces if walks * 2 <= MULTIPROCESSORS else 1
+    return best

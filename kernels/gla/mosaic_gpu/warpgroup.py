@@ -51,6 +51,23 @@ def along_columns(row: jax.Array, shape) -> jax.Array:
     return lax.broadcast_in_dim(row, shape, (1,))
 
 
+def split(index: jax.Array, *counts: int) -> tuple[list, jax.Array]:
+    """Coordinates of a block, the fastest first, and the last, unbounded one. (`%` and `//` of signed numbers are a
+    dozen operations each to Pallas, and a second of compile time together.)"""
+    coordinates = []
+    for count in counts:
+        coordinates.append(lax.rem(index, count) if count > 1 else jnp.int32(0))
+        index = lax.div(index, count) if count > 1 else index
+    return coordinates, index
+
+
+def where(chosen: jax.Array, x, y) -> jax.Array:
+    """jnp.where, without the function call that it is to Pallas."""
+    dtype = x.dtype if isinstance(x, jax.Array) else y.dtype if isinstance(y, jax.Array) else F32
+    x, y = (z if jnp.shape(z) else lax.full(chosen.shape, z, dtype) for z in (x, y))
+    return lax.select(chosen, x, y)
+
+
 def pin(x: jax.Array) -> jax.Array:
     """x, computed here: the compiler would put arithmetic off to its last use, and keep every operand until then."""
     return lax.optimization_barrier(x)
@@ -91,6 +108,32 @@ class Products:
         if onto is None:
             return pl.run_scoped(run, plgpu.ACC(shape, F32))
         return pl.run_state(run)(plgpu.ACC.init(onto))
+
+    def several(self, *chains) -> tuple[jax.Array, ...]:
+        """`total` of each (pairs, shape), all under way at once."""
+        if self.spare is not None:
+            return tuple(self.total(*chain) for chain in chains)
+
+        def run(*accumulators):
+            for accumulator, (pairs, _) in zip(accumulators, chains, strict=True):
+                for a, b in pairs:
+                    plgpu.wgmma(accumulator, a, b)
+            return tuple(accumulator[...] for accumulator in accumulators)
+
+        return pl.run_scoped(run, *(plgpu.ACC(shape, F32) for _, shape in chains))
+
+    def beside(self, pairs, onto: jax.Array, *chains) -> list[jax.Array]:
+        """`total` of pairs onto a value, and of each (pairs, shape) beside it; all are under way at once."""
+        if self.spare is not None:
+            return [self.total(pairs, onto.shape, onto=onto), *self.several(*chains)]
+
+        def run(accumulators):
+            for accumulator, terms in zip(accumulators, [pairs, *(terms for terms, _ in chains)], strict=True):
+                for a, b in terms:
+                    plgpu.wgmma(accumulator, a, b)
+
+        zeros = (plgpu.layout_cast(jnp.zeros(shape, F32), WGMMA) for _, shape in chains)
+        return pl.run_state(run)([plgpu.ACC.init(x) for x in (onto, *zeros)])
 
     def _interpreted(self, pairs, shape, onto):
         total = onto

@@ -25,7 +25,7 @@ INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 # batch, length, heads, groups, K, V, segments, state in and out, dtype
 SHAPES = {
     "grouped": (1, 100, 2, 1, 64, 64, True, True, "bfloat16"),
-    "two warpgroups": (1, 65, 1, 1, 128, 64, False, False, "bfloat16"),
+    "two warpgroups": (1, 65, 1, 1, 128, 128, False, False, "bfloat16"),
     "padded widths, two value blocks": (1, 70, 1, 1, 96, 144, True, True, "bfloat16"),
     "two key blocks": (1, 66, 1, 1, 256, 64, False, True, "bfloat16"),
     "float16": (2, 64, 1, 1, 48, 80, True, False, "float16"),

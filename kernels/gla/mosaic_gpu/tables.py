@@ -1,0 +1,117 @@
+"""Which gates make up an exponent, and which pairs a level takes: one table of bits per pair of tokens of a chunk.
+
+With b the running sum of log_alpha, the weight of key j in output i is exp(b_i - b_j), a sum of the gates between
+them. It is split at an anchor between j and i: what lies after the anchor goes to the query row, what lies before it
+to the key row, and the products run on tensor cores. Every such exponent is a sum of gates, and so a 0/1 matrix times
+the gates gives it exactly (bf16 operands, float32 sums): no cumulative sum is differenced.
+
+A *level* l cuts the chunk into blocks of 2^(l+1) rows and takes the pairs (right half, left half) of each, anchored
+between the halves: both exponents are <= 0, for any gate. A *bounded* block takes all its pairs at once around the same
+anchor: exponents of either sign, right only while they stay within LIMIT.
+
+    tier 1  no level, one bounded block of 64     the chunk decays by less than LIMIT on either side of its middle
+    tier 2  levels 5, 4, bounded blocks of 16     every 16-row block does
+    tier 3  levels 5 to 0 and the diagonal        anything, hard resets (-inf) included
+
+The matrices of tiers 2 and 3 are single bits of 16-bit codes. Masked by one bit out of 11..14 a code is 0 or, read as
+bf16, a power of two: `wgmma` takes it from registers as it stands, and the power goes into the factor of exp2.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .warpgroup import BF16, load
+
+CHUNK = 64
+LIMIT = 40.0  # nats: exp(2 * LIMIT) times a product of ordinary values stays finite in float32
+FLOOR = -200.0  # nats: exp(FLOOR) is 0 in float32, so gates below it are as good as -inf, and 0 * FLOOR is not NaN
+LOG2_E = 1.4426950408889634
+
+# Bits of a code. Of pairs (row i, row t): level l (0 to 5) of any i != t; what i and t are to each other.
+DIAGONAL, LOWER, UPPER, LOWER_IN_16, UPPER_IN_16 = (1 << n for n in (6, 7, 8, 9, 10))
+PAIRS = 0x7FF
+# Bits that are matrices, as (table, bit): the exponents of each level; sums through row i of the chunk, and after it.
+LEVELS = {0: (1, 14), 1: (0, 11), 2: (0, 12), 3: (0, 13), 4: (0, 14), 5: (1, 13)}
+PREFIX, SUFFIX = (1, 12), (1, 11)
+
+# Rows of `matrices`: exponents around the middle of the chunk, signed; 8 rows that sum its first half, 8 its second.
+MIDDLE, FIRST, SECOND = 0, 64, 72
+MATRIX_ROWS = 80
+
+
+def codes() -> jax.Array:
+    """The two tables, [2, 64, 64] int16; table 0 also has the bits of pairs."""
+    i, t = jnp.arange(64)[:, None], jnp.arange(64)[None]
+    apart = i ^ t
+
+    def level(n):  # within a half: through row i in a right one, after row i in a left one
+        return (apart < 1 << n) & jnp.where((i >> n) & 1 == 1, t <= i, t > i)
+
+    matrices = {**{where: level(n) for n, where in LEVELS.items()}, PREFIX: t <= i, SUFFIX: t > i}
+    pairs = {1 << n: (apart >> n) == 1 for n in range(6)} | {DIAGONAL: i == t, LOWER: i > t, UPPER: i < t}
+    pairs |= {LOWER_IN_16: (i > t) & (apart < 16), UPPER_IN_16: (i < t) & (apart < 16)}
+    tables = [sum(jnp.where(set_, bit, 0) for bit, set_ in pairs.items()), jnp.zeros((64, 64), jnp.int32)]
+    for (table, bit), set_ in matrices.items():
+        tables[table] += jnp.where(set_, 1 << bit, 0)
+    return jnp.stack(tables).astype(jnp.int16)
+
+
+def matrices() -> jax.Array:
+    """[80, 64] bf16: see MIDDLE, FIRST and SECOND."""
+    i, t = jnp.arange(64)[:, None], jnp.arange(64)[None]
+    middle = jnp.where((t >= 32) & (t <= i), 1.0, 0.0) - jnp.where((t < 32) & (t > i), 1.0, 0.0)
+    first, second = (jnp.broadcast_to(jnp.where(rows, 1.0, 0.0), (8, 64)) for rows in (t < 32, t >= 32))
+    return jnp.concatenate([middle, first, second]).astype(BF16)
+
+
+def document_codes(documents: jax.Array) -> jax.Array:
+    """Table 0 of each chunk, with no bit for pairs of different documents. [B, T / 64, 64, 64] int16."""
+    rows = documents.reshape(documents.shape[0], -1, CHUNK)
+    together = rows[..., :, None] == rows[..., None, :]
+    table = codes()[0]
+    return jnp.where(together, table, table & ~jnp.int16(PAIRS))
+
+
+def level_of(n):
+    """(table, bit) of level n, a number of the device."""
+    outer = (n == 0) | (n == 5)
+    return outer.astype(jnp.int32), jnp.where(outer, 14 - (n == 5).astype(jnp.int32), n + 10)
+
+
+def power(bit):
+    """1 / the power of two that a code masked by `bit` is, as an exponent of two."""
+    return 127 - (1 << (bit - 7))
+
+
+def to_exponents(bit):
+    """The factor that makes log2 of the weight out of a product of masked codes and gates, for exp2."""
+    if isinstance(bit, int):
+        return LOG2_E * 2.0 ** power(bit)
+    values = [LOG2_E * 2.0 ** power(n) for n in (11, 12, 13, 14)]
+    return jnp.where(bit < 13, jnp.where(bit == 11, values[0], values[1]), jnp.where(bit == 13, values[2], values[3]))
+
+
+def mask(bits) -> jax.Array:
+    return jnp.int16(bits) if isinstance(bits, int) else bits.astype(jnp.int16)
+
+
+def has(code: jax.Array, bits) -> jax.Array:
+    """Where a code has any of `bits`."""
+    return (code & mask(bits)) != jnp.int16(0)
+
+
+def has_all(code: jax.Array, bits) -> jax.Array:
+    return (code & mask(bits)) == mask(bits)
+
+
+def matrix(codes_s, table, bit) -> jax.Array:
+    """A register operand of `wgmma`: `bit` of a table in shared memory."""
+    return lax.bitcast_convert_type(load(codes_s.at[table]) & mask(1 << bit), BF16)
+
+
+def beyond_limit(exponents: jax.Array) -> jax.Array:
+    """Per row: 1 where an exponent is larger than LIMIT either way, or NaN (a reset among the gates); else 0."""
+    return jnp.max(jnp.where(jnp.abs(exponents) <= LIMIT, 0.0, 1.0), axis=1)
+
+
