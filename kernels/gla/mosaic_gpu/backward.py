@@ -480,14 +480,14 @@ def backward(
 
         v = Views(0)
         dS = carry_in(
-            lambda c: None if final_g is None else load(final_g.at[v.b, v.h, v.own_keys, v.values], optimized=False),
-            None if N == 1 else lambda c, n: load(own_g.at[v.b, v.h, n, v.own_keys, v.values], optimized=False),
-            lambda c, n: load(decay_g.at[v.b, v.h, n, v.own_keys], ROW, optimized=False),
-            [None], VB, N - 1 - v.piece, lambda i: N - 2 - i,
+            None if final_g is None else load(final_g.at[v.b, v.h, v.own_keys, v.values], optimized=False),
+            None if N == 1 else lambda n: load(own_g.at[v.b, v.h, n, v.own_keys, v.values], optimized=False),
+            lambda n: load(decay_g.at[v.b, v.h, n, v.own_keys], ROW, optimized=False),
+            VB, N - 1 - v.piece, lambda i: N - 2 - i,
         )  # fmt: skip
         document = documents_g[v.b, jnp.minimum((v.piece + 1) * steps * CHUNK, T - 1)] if packed else jnp.int32(0)
         tier = tiers_g[v.b, v.h, (v.piece + 1) * steps - 1]
-        dS, *_ = lax.fori_loop(0, steps, chunk, (dS[0], document, tier))
+        dS, *_ = lax.fori_loop(0, steps, chunk, (dS, document, tier))
         v = Views(0)
         initial_g.at[v.b, v.h, v.piece, v.own_keys, v.values][...] = dS
         plgpu.wait_smem_to_gmem(0)
@@ -530,6 +530,7 @@ def backward(
         scratch_types=scratch,
         grid=(B * H * N * key_blocks * value_blocks,),
         grid_names=("block",),
+        kernel_name="gla_backward",
         num_threads=W,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),

@@ -68,7 +68,7 @@ class ForwardTiles:
     """Tile choices of one forward launch."""
 
     value_block: int  # columns of v per block: 64 or 128
-    warpgroups: int  # each owns K / warpgroups rows of the state and value_block / warpgroups columns of o
+    warpgroups: int  # each owns 64 key channels, so rows of the state, and value_block / warpgroups columns of o
     stages: int = 2  # chunks of q, k, v, log_alpha in shared memory
     segments: int = 1  # pieces of the sequence walked side by side
 
@@ -90,7 +90,7 @@ def forward(
     """o, the final state and (on request) the states that enter each chunk.
 
     Args:
-      q: [B, T, H, K] bf16, T a multiple of 64 * tiles.segments; K 64 or 128 (256: see wide.py).
+      q: [B, T, H, K] bf16, T a multiple of 64 * tiles.segments; K 64 or 128 (wider: wide.py).
       k, log_alpha: [B, T, G, K] bf16. v: [B, T, G, V] bf16, V a multiple of tiles.value_block.
       scale: multiplies q.
       initial_state: [B, H, K, V] float32, or None for zero.
@@ -106,9 +106,8 @@ def forward(
     B, T, H, K = q.shape
     G, V = v.shape[2:]
     N, W, VB, stages = tiles.segments, tiles.warpgroups, tiles.value_block, tiles.stages
-    KW, VW, blocks = K // W, max(VB // W, 64), V // VB
+    VW, blocks = max(VB // W, 64), V // VB
     steps = T // CHUNK // N
-    slices = [pl.ds(c, 64) for c in range(0, KW, 64)]
     has_state, packed = initial_state is not None, documents is not None
     interpreted = interpret is not None
 
@@ -133,7 +132,7 @@ def forward(
         g = lax.div(h, H // G)
         first = piece * steps
         columns = pl.ds(block * VB, VB)
-        mine = lambda c: pl.ds(w * KW + c.start, 64)  # this warpgroup's key columns
+        own = pl.ds(w * 64, 64)  # this warpgroup's key channels
         own_values = pl.ds(w * VW, VW) if VB >= 64 * W else pl.ds(0, VW)
         product = Products(None if spare is None else spare.at[w])
         barrier = met if W > 1 else None
@@ -162,28 +161,15 @@ def forward(
         plgpu.barrier_wait(tables_arrived)
         meet(barrier)
 
-        def gate_products(c, g_c, of_gates):
-            """Of 64 key channels: exponents around the middle of the chunk, and sums over its halves."""
-            gates = g_c.at[:, mine(c)]
+        def gate_products(gates, of_gates):
+            """Of this warpgroup's channels: exponents around the middle of the chunk, and sums over its halves."""
             halves = [([(gates.T, of_gates.at[pl.ds(start, 8)].T)], (64, 8)) for start in (FIRST, SECOND)]
             return ([(of_gates.at[pl.ds(MIDDLE, 64)], gates)], TILE), *halves
 
         def noted(D, *halves):
             """D, and exp of the halves' sums per row of the state, after noting where D exceeds its limit."""
-            exceeded = beyond_limit(D[0])
-            for x in D[1:]:
-                exceeded = jnp.maximum(exceeded, beyond_limit(x))
-            rows_s.at[0, w][...] = exceeded  # rows 0 and 63 are the largest exponents of tier 1
-            return D, *([jnp.exp(jnp.max(x, axis=1)) for x in half] for half in halves)
-
-        def gates_of(slot):
-            """Waits for a chunk, and makes its gate products, for every warpgroup to see what is noted."""
-            plgpu.barrier_wait(arrived.at[slot])
-            gated = [product.several(*gate_products(c, g_s.at[slot], matrices_s.at[zero_s[0]])) for c in slices]
-            gated = noted(*zip(*gated, strict=True))
-            plgpu.commit_smem()
-            meet(barrier)
-            return gated
+            rows_s.at[0, w][...] = beyond_limit(D)  # rows 0 and 63 are the largest exponents of tier 1
+            return D, *(jnp.exp(jnp.max(half, axis=1)) for half in halves)
 
         def note_tier(step, tier):
             if save_states:
@@ -193,14 +179,14 @@ def forward(
                     tiers_g[b, h, first + step] = jnp.asarray(tier, jnp.int32)
 
         def chunk(step, carry):
-            S, document, gated = carry
+            S, document, (D, before, after) = carry
             slot = lax.rem(step, stages)
-            q_c, k_c, v_c, g_c = q_s.at[slot], k_s.at[slot], v_s.at[slot], g_s.at[slot]
+            q_c, k_c, v_c = q_s.at[slot], k_s.at[slot], v_s.at[slot]
+            q_own, k_own, gates = q_c.at[:, own], k_c.at[:, own], g_s.at[slot].at[:, own]
             # A zero that the compiler cannot see through: what it indexes is not hoisted out of the loop into scarce
             # registers.
             zero = zero_s[0]
             S_s, tables, of_gates = states_s.at[zero], codes_s.at[zero], matrices_s.at[zero]
-            D, before, after = gates_of(slot) if gated is None else gated
 
             def agreed(use, rows):
                 """Whether no warpgroup noted, for this use, an exceeded limit in any of `rows`."""
@@ -219,33 +205,25 @@ def forward(
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
             def tier_1():
-                entered = [x * entering for x in before] if packed else before
-                for c, x, s, decay in zip(slices, D, S, entered, strict=True):
-                    q_c.at[:, mine(c)][...] = (load(q_c.at[:, mine(c)]).astype(F32) * (jnp.exp(x) * scale)).astype(BF16)
-                    k_c.at[:, mine(c)][...] = (load(k_c.at[:, mine(c)]).astype(F32) * jnp.exp(-x)).astype(BF16)
-                    S_s.at[mine(c)][...] = (s * along_rows(decay, (64, VB))).astype(BF16)
+                entered = before * entering if packed else before
+                q_own[...] = (load(q_own).astype(F32) * (jnp.exp(D) * scale)).astype(BF16)
+                k_own[...] = (load(k_own).astype(F32) * jnp.exp(-D)).astype(BF16)
+                S_s.at[own][...] = (S * along_rows(entered, (64, VB))).astype(BF16)
                 plgpu.commit_smem()
                 meet(barrier)
                 note_tier(step, 1)
                 P = where(has(load(tables.at[0]), LOWER | DIAGONAL), product(q_c, k_c.T, TILE), 0.0)
-                return (P.astype(BF16), *entered, *after)
+                return P.astype(BF16), entered, after
 
             def tiers_2_and_3():
-                P = hard_chunk(step, S_s, tables, q_c, k_c, g_c, agreed)
-                halves = [product.several(*gate_products(c, g_c, of_gates)[1:]) for c in slices]  # of finite gates
-                whole = [jnp.exp(jnp.max(x, axis=1) + jnp.max(y, axis=1)) for x, y in halves]
-                for c, s in zip(slices, S, strict=True):
-                    S_s.at[mine(c)][...] = (s * entering if packed else s).astype(BF16)
+                P, whole = hard_chunk(step, S_s, tables, of_gates, q_own, k_own, gates, agreed)
+                S_s.at[own][...] = (S * entering if packed else S).astype(BF16)
                 plgpu.commit_smem()
                 meet(barrier)
-                if packed:
-                    whole = [x * entering for x in whole]
-                return (P, *whole, *(plgpu.layout_cast(jnp.ones((64,), F32), ROW) for _ in whole))
+                return P, whole * entering if packed else whole, plgpu.layout_cast(jnp.ones((64,), F32), ROW)
 
             # (The smaller branch last: Pallas lowers that one twice.)
-            P, *rest = lax.cond(~agreed(0, (0, 63)), tiers_2_and_3, tier_1)
-            n = len(slices)
-            before, after = rest[:n], rest[n:]
+            P, before, after = lax.cond(~agreed(0, (0, 63)), tiers_2_and_3, tier_1)
 
             if packed:
 
@@ -253,11 +231,10 @@ def forward(
                     """The state that enters belongs to the rows of the chunk's first document, and only rows of its
                     last go into the state that leaves."""
                     meet(barrier)  # P is made of q and k as they were
-                    for x, chosen in ((q_c, opens), (k_c, closes)):
-                        for c in slices:
-                            rows = where(own_document == chosen, 1.0, 0.0)
-                            rows = plgpu.layout_cast(along_rows(plgpu.layout_cast(rows, ROW), TILE), WGMMA)
-                            x.at[:, mine(c)][...] = (load(x.at[:, mine(c)]).astype(F32) * rows).astype(BF16)
+                    for x, chosen in ((q_own, opens), (k_own, closes)):
+                        rows = where(own_document == chosen, 1.0, 0.0)
+                        rows = plgpu.layout_cast(along_rows(plgpu.layout_cast(rows, ROW), TILE), WGMMA)
+                        x[...] = (load(x).astype(F32) * rows).astype(BF16)
                     plgpu.commit_smem()
                     meet(barrier)
                     return where(
@@ -267,17 +244,15 @@ def forward(
                     )
 
                 P = lax.cond(opens == closes, lambda: P, mixed)
-                before = [x * leaving for x in before]
+                before = before * leaving
 
-            if saved_g is not None:
+            if save_states:
                 rows = pl.ds((first + step) * CHUNK, CHUNK)
-                for i, c in enumerate(slices):
-                    for owner in range(W):
+                for n, to in enumerate(saved_g):
 
-                        @pl.when(w == owner)
-                        def _(i=i, c=c, owner=owner):
-                            to = saved_g[owner * len(slices) + i]
-                            plgpu.copy_smem_to_gmem(S_s.at[mine(c)], to.at[b, rows, h, columns])
+                    @pl.when(w == n)
+                    def _(to=to):
+                        plgpu.copy_smem_to_gmem(S_s.at[own], to.at[b, rows, h, columns])
 
             @pl.when((w == 0) | (VB >= 64 * W))  # 64 columns are one warpgroup's work
             def _():
@@ -288,20 +263,17 @@ def forward(
                 plgpu.copy_smem_to_gmem(o_s.at[w], o_g.at[b, pl.ds((first + step) * CHUNK, CHUNK), h, out])
 
             following = lax.rem(step + 1, stages)
-            if stages > 1:
 
-                @pl.when(step + 1 < steps)
-                def _():
-                    plgpu.barrier_wait(arrived.at[following])
+            @pl.when(step + 1 < steps)
+            def _():
+                plgpu.barrier_wait(arrived.at[following])
 
-            moved, ahead = [], []  # the gates of the next chunk come along with the state (after the last: no matter)
-            for c, s, m, e in zip(slices, S, before, after, strict=True):
-                update, onto = [(k_c.at[:, mine(c)].T, v_c)], s * along_rows(m, (64, VB))
-                gate = gate_products(c, g_s.at[following], of_gates) if stages > 1 else ()
-                s, *gated = product.beside(update, onto, *gate)
-                moved.append(s * along_rows(e, (64, VB)))
-                ahead.append(gated)
-            ahead = noted(*zip(*ahead, strict=True)) if stages > 1 else None
+            # The gates of the next chunk come along with the state (after the last chunk: no matter).
+            onto = S * along_rows(before, (64, VB))
+            gate = gate_products(g_s.at[following].at[:, own], of_gates)
+            moved, *ahead = product.beside([(k_own.T, v_c)], onto, *gate)
+            moved = moved * along_rows(after, (64, VB))
+            ahead = noted(*ahead)
             plgpu.commit_smem()
             meet(barrier)
 
@@ -309,76 +281,66 @@ def forward(
             def _():
                 fetch(step + stages)
 
-            return tuple(moved), document, ahead
+            return moved, document, ahead
 
-        def hard_chunk(step, S_s, tables, q_c, k_c, g_c, agreed):
-            """Tiers 2 and 3: P, with q_c and k_c left gated from the chunk's start and to its end."""
-            # Tiles of 64 x 64, one for each 64 key channels of a warpgroup, twice.
-            ones = [lambda c, n: S_s.at[pl.ds(n * KW + c.start, 64), pl.ds(0, 64)]]
-            if VB > 64:
-                ones.append(lambda c, n: S_s.at[pl.ds(n * KW + c.start, 64), pl.ds(64, 64)])
-            else:
-                ones.append(lambda c, n: o_s.at[n])
-            all_tiles = lambda tile: [tile(c, n) for n in range(W) for c in slices]
-            exceeded = plgpu.layout_cast(jnp.zeros((64,), F32), ROW)
-            for c in slices:
-                gates = g_c.at[:, mine(c)]
-                gates[...] = jnp.maximum(load(gates), jnp.asarray(FLOOR, BF16))
+        def hard_chunk(step, S_s, tables, of_gates, q_own, k_own, gates, agreed):
+            """Tiers 2 and 3: P, with q and k left gated from the chunk's start and to its end, and exp of all gates."""
+            # Two tiles of 64 x 64 for each warpgroup: the room of the state, and of the rest of it or of o.
+            tiles = [
+                [S_s.at[pl.ds(64 * n, 64), pl.ds(0, 64)] for n in range(W)],
+                [S_s.at[pl.ds(64 * n, 64), pl.ds(64, 64)] if VB > 64 else o_s.at[n] for n in range(W)],
+            ]
+            own_tiles = [
+                S_s.at[own, pl.ds(0, 64)],
+                S_s.at[own, pl.ds(64, 64)] if VB > 64 else o_s.at[w],
+            ]
+            gates[...] = jnp.maximum(load(gates), jnp.asarray(FLOOR, BF16))
             plgpu.commit_smem()
 
-            def exponents(c, table, bit):
-                return product(matrix(tables, table, bit), g_c.at[:, mine(c)], TILE) * to_exponents(bit)
+            def sums(*bits):
+                return [([(matrix(tables, table, bit), gates)], TILE) for table, bit in bits]
 
-            for c in slices:
-                exceeded = jnp.maximum(exceeded, beyond_limit(exponents(c, *LEVELS[3]) * (1 / LOG2_E)))
-            rows_s.at[1, w][...] = exceeded
+            D = product.total(*sums(LEVELS[3])[0]) * (to_exponents(LEVELS[3][1]) / LOG2_E)
+            rows_s.at[1, w][...] = beyond_limit(D)
             plgpu.commit_smem()
             meet(barrier)
             within = agreed(1, [row + end for row in range(0, 64, 16) for end in (0, 15)])
             note_tier(step, jnp.where(within, 2, 3))
 
-            def write_level(n, tile):
-                """q in the right halves of the level's blocks and k in the left ones, gated from the anchor between."""
-                table, bit = level_of(n)
-                right = (iota(0) & (1 << n)) != 0
-                for c in slices:
-                    e = jnp.exp2(exponents(c, table, bit))
-                    q, k = (load(x.at[:, mine(c)]).astype(F32) for x in (q_c, k_c))
-                    tile(c, w)[...] = (where(right, q, k) * e).astype(BF16)
-
             def two_levels(i, P):
-                for n, tile in zip((5 - 2 * i, 4 - 2 * i), ones, strict=True):
-                    write_level(n, tile)
+                levels = 5 - 2 * i, 4 - 2 * i
+                bits = [level_of(n) for n in levels]
+                # Both at once where the registers allow, else one after the other.
+                of_gates = product.several(*sums(*bits)) if VB == 64 else (product.total(*x) for x in sums(*bits))
+                for n, (_, bit), tile, D in zip(levels, bits, own_tiles, of_gates, strict=True):
+                    # q in the right halves of the level's blocks and k in the left, gated from the anchor between.
+                    right = (iota(0) & (1 << n)) != 0
+                    q_or_k = where(right, load(q_own).astype(F32), load(k_own).astype(F32))
+                    tile[...] = (q_or_k * jnp.exp2(D * to_exponents(bit))).astype(BF16)
                 plgpu.commit_smem()
                 meet(barrier)
-                for n, tile in zip((5 - 2 * i, 4 - 2 * i), ones, strict=True):
-                    pairs = product.total([(x, x.T) for x in all_tiles(tile)], TILE)
+                for n, level_tiles in zip(levels, tiles, strict=True):
+                    pairs = product.total([(x, x.T) for x in level_tiles], TILE)
                     P = pin(where(has_all(load(tables.at[0]), LOWER | (1 << n)), pairs, P))
                 meet(barrier)
                 return P
 
-            P = lax.fori_loop(
-                0, jnp.where(within, 1, 3), two_levels, plgpu.layout_cast(jnp.zeros(TILE, F32), WGMMA)
-            )
+            zeros = plgpu.layout_cast(jnp.zeros(TILE, F32), WGMMA)
+            P = lax.fori_loop(0, jnp.where(within, 1, 3), two_levels, zeros)
 
             def bounded():
                 """Blocks of 16 rows, each around its middle."""
-                right = (iota(0) & 8) != 0
-                for c in slices:
-                    e = exponents(c, *LEVELS[3])
-                    e = where(right, e, -e)
-                    ones[0](c, w)[...] = (load(q_c.at[:, mine(c)]).astype(F32) * jnp.exp2(e)).astype(BF16)
-                    ones[1](c, w)[...] = (load(k_c.at[:, mine(c)]).astype(F32) * jnp.exp2(-e)).astype(BF16)
+                e = product.total(*sums(LEVELS[3])[0]) * to_exponents(LEVELS[3][1])
+                e = where((iota(0) & 8) != 0, e, -e)
+                own_tiles[0][...] = (load(q_own).astype(F32) * jnp.exp2(e)).astype(BF16)
+                own_tiles[1][...] = (load(k_own).astype(F32) * jnp.exp2(-e)).astype(BF16)
                 plgpu.commit_smem()
                 meet(barrier)
-                pairs = product.total([(x, y.T) for x, y in zip(*map(all_tiles, ones), strict=True)], TILE)
+                pairs = product.total([(x, y.T) for x, y in zip(*tiles, strict=True)], TILE)
                 return where(has(load(tables.at[0]), LOWER_IN_16 | DIAGONAL), pairs, P)
 
             def diagonal():
-                total = plgpu.layout_cast(jnp.zeros((64,), F32), ROW)
-                for c in slices:
-                    own = load(q_c.at[:, mine(c)]).astype(F32) * load(k_c.at[:, mine(c)]).astype(F32)
-                    total = total + jnp.sum(own, axis=1)
+                total = jnp.sum(load(q_own).astype(F32) * load(k_own).astype(F32), axis=1)
                 if W > 1:
                     rows_s.at[2, w][...] = total
                     plgpu.commit_smem()
@@ -387,26 +349,29 @@ def forward(
                 return where(has(load(tables.at[0]), DIAGONAL), along_rows(total, TILE), P)
 
             P = pin((lax.cond(within, bounded, diagonal) * scale).astype(BF16))
-            for c in slices:
-                q, k = q_c.at[:, mine(c)], k_c.at[:, mine(c)]
-                q[...] = (load(q).astype(F32) * (jnp.exp2(exponents(c, *PREFIX)) * scale)).astype(BF16)
-                k[...] = (load(k).astype(F32) * jnp.exp2(exponents(c, *SUFFIX))).astype(BF16)
+            halves = gate_products(gates, of_gates)[1:]
+            before, after, *halves = product.several(*sums(PREFIX, SUFFIX), *halves)
+            q_own[...] = (load(q_own).astype(F32) * (jnp.exp2(before * to_exponents(PREFIX[1])) * scale)).astype(BF16)
+            k_own[...] = (load(k_own).astype(F32) * jnp.exp2(after * to_exponents(SUFFIX[1]))).astype(BF16)
             meet(barrier)  # the tiles are read, and S_s can be written
-            return P
+            return P, jnp.exp(jnp.max(halves[0], axis=1) + jnp.max(halves[1], axis=1))
 
         S = carry_in(
-            lambda c: None if state_g is None else load(state_g.at[b, h, mine(c), columns], optimized=False),
-            None if N == 1 else lambda c, n: load(own_g.at[b, g, n, mine(c), columns], optimized=False),
-            lambda c, n: load(decay_g.at[b, g, n, mine(c)], ROW, optimized=False),
-            slices, VB, piece, lambda i: i,
+            None if state_g is None else load(state_g.at[b, h, own, columns], optimized=False),
+            None if N == 1 else lambda n: load(own_g.at[b, g, n, own, columns], optimized=False),
+            lambda n: load(decay_g.at[b, g, n, own], ROW, optimized=False),
+            VB, piece, lambda i: i,
         )  # fmt: skip
         document = documents_g[b, jnp.maximum(first * CHUNK - 1, 0)] if packed else jnp.int32(0)
-        S, *_ = lax.fori_loop(0, steps, chunk, (S, document, gates_of(0) if stages > 1 else None))
+        plgpu.barrier_wait(arrived.at[0])
+        gated = noted(*product.several(*gate_products(g_s.at[0].at[:, own], matrices_s.at[zero_s[0]])))
+        plgpu.commit_smem()
+        meet(barrier)
+        S, *_ = lax.fori_loop(0, steps, chunk, (S, document, gated))
 
         @pl.when(piece == N - 1)
         def _():
-            for c, s in zip(slices, S, strict=True):
-                final_g.at[b, h, mine(c), columns][...] = s
+            final_g.at[b, h, own, columns][...] = S
 
         plgpu.wait_smem_to_gmem(0)
 
@@ -442,6 +407,7 @@ def forward(
         scratch_types=scratch,
         grid=(B * H * N * blocks,),
         grid_names=("block",),
+        kernel_name="gla_forward_saving" if save_states else "gla_forward",
         num_threads=W,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),

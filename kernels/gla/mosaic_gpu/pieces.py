@@ -47,19 +47,17 @@ def own_gradients(q, do, log_alpha, *, scale, pieces: int, documents=None, inter
     return _walk(q, do, log_alpha, scale, pieces, documents, True, interpret)
 
 
-def carry_in(initial, own, decay, slices, width, count, which):
-    """The state that enters a piece, from `initial` and what `count` pieces, `which(0)` first, make of it.
+def carry_in(initial, own, decay, width, count, which):
+    """The state that enters a piece: `initial` (None for zero) and what `count` pieces, `which(0)` first, make of it.
 
-    Each argument is a function of a slice of key channels, own and decay of a piece too; all give register arrays.
+    own and decay are functions of a piece; own is None where the sequence is whole.
     """
-    zero = lambda: plgpu.layout_cast(jnp.zeros((64, width), F32), WGMMA)
-    S = tuple(zero() if (s := initial(c)) is None else s for c in slices)
+    S = plgpu.layout_cast(jnp.zeros((64, width), F32), WGMMA) if initial is None else initial
     if own is None:
         return S
 
     def through(i, S):
-        n = which(i)
-        return tuple(s * along_rows(decay(c, n), (64, width)) + own(c, n) for c, s in zip(slices, S, strict=True))
+        return S * along_rows(decay(which(i)), (64, width)) + own(which(i))
 
     return lax.fori_loop(0, count, through, S)
 
@@ -170,6 +168,7 @@ def _walk(x, y, log_alpha, scale, pieces, documents, reverse, interpret):
             scratch_types=scratch,
             grid=(B * H * (pieces - 1) * key_blocks * value_blocks,),
             grid_names=("block",),
+            kernel_name="gla_own_gradients" if reverse else "gla_own_states",
             num_threads=1,
             thread_name="warpgroup",
             compiler_params=plgpu.CompilerParams(approx_math=True),
