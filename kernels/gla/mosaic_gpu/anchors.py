@@ -17,31 +17,14 @@ all its pairs at once around the same anchor: exponents of either sign, right on
 import jax
 import jax.numpy as jnp
 
-from .warpgroup import BF16, iota
+from .warpgroup import BF16
 
 CHUNK = 64
 LIMIT = 40.0  # nats: exp(2 * LIMIT) times a product of ordinary values stays finite in float32
 FLOOR = -200.0  # nats: exp(FLOOR) is 0 in float32, so gates below it are as good as -inf, and 0 * FLOOR is not NaN
 
-# Rows of `constant_rows`: D of the whole chunk; the depths of pairs; 8 rows that sum the gates through the middle row
-# and 8 that sum the # rest; the depths transposed (backward); then D of each level; sums through row i, and after it.
-RESIDENT = 144  # forward; the backward keeps 64 more
-DEPTHS, FIRST, SECOND, DEPTHS_T, ANCHORS, PREFIX, SUFFIX = 64, 128, 136, 144, 208, 592, 656
-
-
-def in_right_half(half) -> jax.Array:
-    """Rows in the right half of their block of 2 * half."""
-    return (iota(0) & half) != 0
-
-
-def level_pairs(depths: jax.Array, half_log2) -> jax.Array:
-    """Pairs (i, j) of a level: same block of 2 * half, i in its right half, j in its left half."""
-    return depths == half_log2
-
-
-def bounded_pairs(depths: jax.Array, size_log2) -> jax.Array:
-    """Causal pairs within blocks of `size` rows."""
-    return depths < size_log2
+# Rows of `constant_rows`: 8 rows that sum the gates through the middle row and 8 that sum the rest; sums through row i.
+FIRST, SECOND, PREFIX = 128, 136, 592
 
 
 def beyond_limit(exponents: jax.Array) -> jax.Array:
@@ -50,7 +33,7 @@ def beyond_limit(exponents: jax.Array) -> jax.Array:
 
 
 def constant_rows() -> jax.Array:
-    """The matrices that multiply gates, stacked: [720, 64] bf16; the first RESIDENT rows stay in shared memory.
+    """The matrices that multiply gates, stacked: [720, 64] bf16.
 
     A matrix for half width h gives (D @ gates)[i] = b_i - b_m, m the middle row of i's block of 2h: >= 0 left of m,
     <= 0 right of it.
@@ -69,14 +52,6 @@ def constant_rows() -> jax.Array:
     ones = jnp.ones((64, 64))
     sums = [jnp.tril(ones), jnp.triu(ones, 1)]
     return jnp.concatenate([anchors[0], depths, first, second, depths.T, *anchors, *sums]).astype(BF16)
-
-
-def document_depths(documents: jax.Array) -> jax.Array:
-    """The depths of pairs and their transpose for each chunk, 64 also where rows are of different documents. [B, T /
-    64, 2, 64, 64] bf16."""
-    rows = documents.reshape(documents.shape[0], -1, CHUNK)
-    together = rows[..., :, None] == rows[..., None, :]
-    return jnp.where(together[:, :, None], jnp.stack([_depths(), _depths().T]), 64.0).astype(BF16)
 
 
 def _depths():

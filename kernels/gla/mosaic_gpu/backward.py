@@ -25,12 +25,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .anchors import CHUNK, FLOOR
 from .pieces import Pieces, carry_in
 from .tables import (
-    CHUNK,
     DIAGONAL,
     FIRST,
-    FLOOR,
     LEVELS,
     LOWER,
     LOWER_IN_16,

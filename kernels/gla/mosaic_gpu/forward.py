@@ -19,12 +19,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .anchors import CHUNK, FLOOR, beyond_limit
 from .pieces import Pieces, carry_in
 from .tables import (
-    CHUNK,
     DIAGONAL,
     FIRST,
-    FLOOR,
     LEVELS,
     LOG2_E,
     LOWER,
@@ -34,7 +33,6 @@ from .tables import (
     PREFIX,
     SECOND,
     SUFFIX,
-    beyond_limit,
     codes,
     has,
     has_all,

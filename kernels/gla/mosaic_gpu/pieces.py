@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from .tables import CHUNK, FLOOR
+from .anchors import CHUNK, FLOOR
 from .warpgroup import BF16, F32, ROW, TILE, WGMMA, Products, along_rows, load, shared, split, where
 
 STAGES = 3

@@ -21,11 +21,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .anchors import CHUNK
 from .warpgroup import BF16, load
 
-CHUNK = 64
-LIMIT = 40.0  # nats: exp(2 * LIMIT) times a product of ordinary values stays finite in float32
-FLOOR = -200.0  # nats: exp(FLOOR) is 0 in float32, so gates below it are as good as -inf, and 0 * FLOOR is not NaN
 LOG2_E = 1.4426950408889634
 
 # Bits of a code. Of pairs (row i, row t): level l (0 to 5) of any i != t; what i and t are to each other.
@@ -108,10 +106,3 @@ def has_all(code: jax.Array, bits) -> jax.Array:
 def matrix(codes_s, table, bit) -> jax.Array:
     """A register operand of `wgmma`: `bit` of a table in shared memory."""
     return lax.bitcast_convert_type(load(codes_s.at[table]) & mask(1 << bit), BF16)
-
-
-def beyond_limit(exponents: jax.Array) -> jax.Array:
-    """Per row: 1 where an exponent is larger than LIMIT either way, or NaN (a reset among the gates); else 0."""
-    return jnp.max(jnp.where(jnp.abs(exponents) <= LIMIT, 0.0, 1.0), axis=1)
-
-
