@@ -1,0 +1,63 @@
+"""The model that a command is given: a run's folder, a checkpoint's, or its name on the Hub."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from glax.data import Tokenizer, check_vocabulary, load_tokenizer
+from glax.errors import UserError
+from glax.interop import checkpoint_folder, load_model
+from glax.models import Decoder, LanguageModel, cast, decoder
+from glax.training.restore import is_run, restore_run
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model to be used, with its tokenizer.
+
+    Attributes:
+        model: parameters in the compute dtype.
+        start_token: what a text starts with: the end token for our runs, as in training; bos for the Hub's.
+        name: of the folder.
+    """
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    start_token: int
+    name: str
+
+    def decoder(self) -> Decoder | LanguageModel:
+        """The model for generation."""
+        return decoder(self.model)
+
+
+def open_source(path: str, tokenizer: str | None, compute_dtype: str | None, implementation: str | None) -> Source:
+    """Load what ``path`` names. Raises UserError where it names nothing, or its tokenizer is not there."""
+    if is_run(path):
+        model, config = restore_run(path)
+        changes = {"compute_dtype": compute_dtype or config.model.compute_dtype, "implementation": implementation}
+        model = _with(cast(model, jnp.dtype(changes["compute_dtype"])), changes)
+        chosen = load_tokenizer(tokenizer or config.data.tokenizer)
+        return Source(model, chosen, chosen.eos_id, Path(path).name)
+    folder = checkpoint_folder(path)
+    if compute_dtype is None:
+        compute_dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    options = {"compute_dtype": compute_dtype, "implementation": implementation}
+    if tokenizer is None and not (folder / "tokenizer.model").is_file():
+        raise UserError(f'{path} has no tokenizer.model: give --tokenizer "mistral", "bytes" or a SentencePiece file')
+    chosen = load_tokenizer(tokenizer or str(folder / "tokenizer.model"))
+    model = load_model(folder, dtype=jnp.dtype(compute_dtype), **options)
+    check_vocabulary(chosen, model.config.vocab_size)
+    return Source(model, chosen, chosen.bos_id, Path(path).name)
+
+
+def _with(model: LanguageModel, changes: dict) -> LanguageModel:
+    """The same parameters in a model whose config has these changes."""
+    from flax import nnx
+
+    from glax.models.accounting import abstract_model
+
+    graph, _ = nnx.split(abstract_model(dataclasses.replace(model.config, **changes)), nnx.Param)
+    return nnx.merge(graph, nnx.state(model, nnx.Param))
