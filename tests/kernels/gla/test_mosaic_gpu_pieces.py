@@ -64,8 +64,9 @@ def test_own_gradients(case, capfd):
     for h in range(H):
         q, do = (np.asarray(x[name][0, :, h], np.float64) for name in ("q", "do"))
         for n in range(1, N):
-            own, decay = np.zeros((K, V)), np.ones(K)
-            for t in reversed(range(n * LENGTH, (n + 1) * LENGTH)):
+            end = (n + 1) * LENGTH
+            own, decay = np.zeros((K, V)), np.ones(K) * (n == N - 1 or ids[end] == ids[end - 1])
+            for t in reversed(range(n * LENGTH, end)):
                 goes_on = ids[t] == ids[t - 1]
                 own = (own + 0.5 * np.outer(q[t], do[t])) * np.exp(g[t])[:, None] * goes_on
                 decay = decay * np.exp(g[t]) * goes_on
