@@ -30,7 +30,17 @@ import tyro
 from glax.data import prepare, validation_batches
 from glax.errors import exit_code
 from glax.inference import generate
-from glax.training import RECIPES, TrainConfig, TrainResult, plot_losses, recipe, train
+from glax.training import (
+    RECIPES,
+    ProcessConfig,
+    TrainConfig,
+    TrainResult,
+    join,
+    leave,
+    plot_losses,
+    recipe,
+    train,
+)
 from provenance import provenance
 
 DEFAULT_PRESET = "gla-small-bytes"
@@ -63,6 +73,9 @@ class Arguments:
     temperature: float = 0.7
     """Temperature of the sampling."""
 
+    processes: ProcessConfig = dataclasses.field(default_factory=ProcessConfig)
+    """How this process finds the others of a run of several."""
+
     results: Path | None = None
     """Also write the curves to this JSON file, with the settings and what they ran on, and beside it their plot."""
 
@@ -87,7 +100,16 @@ def parse(argv: list[str]) -> Arguments:
     return arguments
 
 
+def process_config(argv: list[str]) -> ProcessConfig:
+    """The processes' part of a command line, which is read first: the rest asks jax for its devices."""
+    values = zip(argv, [*argv[1:], ""], strict=True)
+    flags = [pair for pair in values if pair[0].startswith("--processes.")]
+    joined = [name if "=" in name else f"{name}={value}" for name, value in flags]
+    return tyro.cli(ProcessConfig, args=["--" + flag.removeprefix("--processes.") for flag in joined])
+
+
 def run(argv: list[str]) -> None:
+    join(process_config(argv))
     arguments = parse(argv)
     config = arguments.train
     folder = arguments.runs / (arguments.name or arguments.preset)
@@ -100,6 +122,8 @@ def run(argv: list[str]) -> None:
     report(result, folder)
     if arguments.results is not None and jax.process_index() == 0:
         write_results(result, arguments)
+    if jax.process_count() > 1:
+        return  # a process alone has not all of the model to sample from
     if arguments.sample_tokens > 0 and not result.already_complete:
         sample(result, arguments)
 
@@ -164,4 +188,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

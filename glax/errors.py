@@ -12,13 +12,20 @@ class UserError(ValueError):
     """
 
 
+class Stopped(Exception):
+    """A run ended before its last step because it was told to, with all it has done saved. The message is a line."""
+
+
 def exit_code(command: Callable[[], None]) -> int:
-    """Run ``command`` and give the exit code of the process: 0, 2 after a UserError, 130 after Ctrl-C."""
+    """Run ``command`` and give the process's exit code: 0, 2 after a UserError, 130 after Ctrl-C, 143 after SIGTERM."""
     try:
         command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("interrupted: the same command continues from the last checkpoint, if there is one", file=sys.stderr)
         return 130

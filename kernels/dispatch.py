@@ -49,9 +49,12 @@ def module_for(implementation: str | None, implementations: dict[str, str], *arr
 
 
 def platform_of(x) -> str:
-    """ "gpu", "cpu" or "tpu": where x lies, or where a traced computation will run by default."""
+    """ "gpu", "cpu" or "tpu": where x lies, or where a traced computation will run: on the mesh in use, by default."""
     if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
         return next(iter(x.devices())).platform
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return device.platform
     device = jax.config.jax_default_device
     return getattr(device, "platform", device) or jax.default_backend()
 

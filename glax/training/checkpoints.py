@@ -14,19 +14,22 @@ from glax.training.state import TrainState
 
 
 class Checkpoints:
-    """The ``checkpoints/`` folder of a run: one folder per step, of which the newest ``keep`` stay.
+    """The ``checkpoints/`` folder of a run: one folder per step, of which the newest ``keep`` and the multiples of
+    ``keep_every`` stay.
 
     A checkpoint gets its name in one rename after all its files are written, so a process killed while it saves leaves
     no half checkpoint under a step's name.
     """
 
-    def __init__(self, folder: Path, keep: int):
+    def __init__(self, folder: Path, keep: int, keep_every: int | None = None):
         logging.getLogger("absl").setLevel(logging.ERROR)
         self._folder = folder
+        policies = ocp.training.preservation_policies
+        kept = [policies.LatestN(keep)] + ([policies.EveryNSteps(keep_every)] if keep_every is not None else [])
         self._checkpointer = ocp.training.Checkpointer(
             folder.absolute(),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
         )
 

@@ -91,6 +91,9 @@ class TrainConfig:
     keep_checkpoints: int = 3
     """How many of the newest checkpoints stay."""
 
+    keep_every: int | None = None
+    """Checkpoints of steps that are multiples of this stay for good. None: only the newest do."""
+
     max_skipped_steps: int = 20
     """Steps with a non-finite loss or gradient change nothing; this many in a row end the run with an error."""
 
@@ -114,6 +117,7 @@ OPERATIONAL = frozenset({
     "data.threads",
     "checkpoint_every",
     "keep_checkpoints",
+    "keep_every",
     "log_every",
     "max_skipped_steps",
     "mesh.data",

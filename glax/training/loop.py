@@ -21,7 +21,7 @@ from glax.data import (
     train_batches,
     validation_batches,
 )
-from glax.errors import UserError
+from glax.errors import Stopped, UserError
 from glax.models import LanguageModel
 from glax.training.checkpoints import Checkpoints
 from glax.training.config import TrainConfig
@@ -29,6 +29,7 @@ from glax.training.journal import Journal
 from glax.training.loggers import check_loggers, open_loggers
 from glax.training.metrics import MetricsFile, Record, read_metrics
 from glax.training.plot import plot_losses
+from glax.training.processes import StopSignal, or_lost
 from glax.training.profiling import Trace
 from glax.training.progress import ProgressBar
 from glax.training.run_folder import check_same_run, owned
@@ -75,8 +76,9 @@ def train(
     """Train as ``config`` says, in the run folder ``folder``; continue there if a run of the same config was left.
 
     On CPU a continued run has bit for bit the losses of an unbroken one. ``devices`` are all, unless given. Raises
-    UserError for bad input, before anything is written; for a run of another config in ``folder``; and where
-    ``max_skipped_steps`` steps in a row were not finite.
+    UserError for bad input, before anything is written; for a run of another config in ``folder``; where
+    ``max_skipped_steps`` steps in a row were not finite; and where another process is lost. Raises Stopped after a
+    SIGTERM to any process, once all is saved.
     """
     mesh = make_mesh(config.mesh, devices)
     microbatches = choose_microbatches(config, mesh)
@@ -91,7 +93,8 @@ def train(
         part, parts = row_part(mesh)
         batches = train_batches(data, config.data, process_index=part, process_count=parts)
         with contextlib.closing(batches), owned(folder, config):
-            return Run(config, folder, mesh, plan, step, microbatches, data, quiet).go(batches)
+            run = Run(config, folder, mesh, plan, step, microbatches, data, quiet)
+            return or_lost(run.go, batches)
 
 
 def plan_and_trace(config: TrainConfig, mesh: Mesh, microbatches: int) -> tuple[Plan, Lowered]:
@@ -124,6 +127,8 @@ def _check_positive(config: TrainConfig) -> None:
     for name in ("steps", "evaluate_every", "checkpoint_every", "keep_checkpoints", "max_skipped_steps", "log_every"):
         if getattr(config, name) < 1:
             raise UserError(f"{name} is {getattr(config, name)}: it must be at least 1")
+    if config.keep_every is not None and config.keep_every < 1:
+        raise UserError(f"keep_every is {config.keep_every}: give a number of steps, or leave it out")
 
 
 class Run:
@@ -153,7 +158,7 @@ class Run:
 
     def go(self, batches: TrainBatches) -> TrainResult:
         config = self.config
-        with Checkpoints(self.folder / "checkpoints", config.keep_checkpoints) as checkpoints:
+        with Checkpoints(self.folder / "checkpoints", config.keep_checkpoints, config.keep_every) as checkpoints:
             state = checkpoints.restore(self.plan.abstract, batches)
             first = 0 if state is None else int(state.step)
             already_complete = first >= config.steps
@@ -164,9 +169,10 @@ class Run:
                     loggers = open_loggers(config, self.folder, first)
                     for logger in loggers:
                         stack.callback(logger.close)
+                    stopping = stack.enter_context(StopSignal())
                     bar = stack.enter_context(ProgressBar(first, config.steps, self.quiet))
                     journal = Journal(config, self.mesh, metrics, loggers, bar)
-                    state = self._train(state, batches, checkpoints, journal)
+                    state = self._train(state, batches, checkpoints, journal, stopping)
         records = read_metrics(self.folder / "metrics.jsonl")
         plot = self.folder / "loss.png"
         if jax.process_index() == 0 and not (already_complete and plot.exists()):
@@ -174,7 +180,12 @@ class Run:
         return TrainResult(self.plan.build(state.params), self.tokenizer, records, already_complete)
 
     def _train(
-        self, state: TrainState | None, batches: TrainBatches, checkpoints: Checkpoints, journal: Journal
+        self,
+        state: TrainState | None,
+        batches: TrainBatches,
+        checkpoints: Checkpoints,
+        journal: Journal,
+        stopping: StopSignal,
     ) -> TrainState:
         """Steps from ``state`` (None: from the start) to the last, with validation and checkpoints as configured.
 
@@ -203,9 +214,13 @@ class Run:
                 journal.drain()
                 with journal.paused():
                     journal.validation(step, self._validate(state))
-            if step % config.checkpoint_every == 0 or step == config.steps:
+            stop = stopping.reached(step) and step < config.steps
+            if step % config.checkpoint_every == 0 or step == config.steps or stop:
                 journal.drain()
                 checkpoints.save(step, state, batches)
+            if stop:
+                checkpoints.wait()
+                raise Stopped(f"stopped by SIGTERM after step {step}, saved: the same command continues there")
         checkpoints.wait()
         return state
 
