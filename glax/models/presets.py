@@ -12,6 +12,7 @@ _TINY = {"vocab_size": 264, "hidden_size": 64, "num_layers": 2, "num_heads": 2, 
 PRESETS = {
     "gla-340m": ModelConfig(hidden_size=1024, num_layers=24, num_heads=4),
     "gla-1.3b": ModelConfig(hidden_size=2048, num_layers=24, num_heads=4),
+    "gla-7b": ModelConfig(hidden_size=4096, num_layers=32, num_heads=16),  # the paper has none: Llama's widths
     "transformer-340m": ModelConfig(mixer="attention", hidden_size=1024, num_layers=24, num_heads=16),
     "transformer-1.3b": ModelConfig(mixer="attention", hidden_size=2048, num_layers=24, num_heads=16),
     "retnet-340m": ModelConfig(hidden_size=1024, num_layers=24, num_heads=4, mlp_size=1408, **_RETNET),

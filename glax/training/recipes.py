@@ -1,5 +1,6 @@
 """The settings that come with a preset."""
 
+import dataclasses
 from functools import partial
 
 from glax.data import DataConfig
@@ -17,6 +18,12 @@ def _paper(preset: str, tokens: float, rows: int, warmup_tokens: float) -> Train
         optimizer=OptimizerConfig(warmup_steps=round(warmup_tokens / batch)),
         steps=round(tokens / batch),
     )
+
+
+def _long(preset: str) -> TrainConfig:
+    """For sizes that the paper has not trained: the batch of its largest, and full remat."""
+    config = _paper(preset, 100e9, 1024, 1e9)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full"))
 
 
 def _bytes(preset: str) -> TrainConfig:
@@ -40,6 +47,7 @@ RECIPES = {
     **{f"{model}-small-bytes": partial(_bytes, f"{model}-small-bytes") for model in _MODELS},
     **{f"{model}-tiny": partial(_bytes, f"{model}-tiny") for model in _MODELS},
     **{f"{model}-340m": partial(_paper, f"{model}-340m", 15e9, 256, 0.5e9) for model in _MODELS},
+    "gla-7b": partial(_long, "gla-7b"),
     **{f"{model}-1.3b": partial(_paper, f"{model}-1.3b", 100e9, 1024, 1e9) for model in _MODELS},
 }
 

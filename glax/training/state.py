@@ -98,11 +98,23 @@ def _state_shardings(
 ) -> TrainState:
     """Moments lie as their parameters do; counters are everywhere."""
     everywhere = replicated(mesh)
-    opt_state = optax.tree_map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        shapes.opt_state,
-        params,
-        transform_non_params=lambda _: everywhere,
-    )
-    return TrainState(params, opt_state, everywhere, everywhere, everywhere)
+
+    def opt_state() -> PyTree:
+        return optax.tree_map_params(
+            optimizer,
+            lambda _, sharding: sharding,
+            shapes.opt_state,
+            params,
+            transform_non_params=lambda _: everywhere,
+        )
+
+    # optax makes a small state to see which of it are parameters: traced, since the mesh's devices need not be here.
+    leaves, tree = [], []
+
+    def trace() -> None:
+        found, structure = jax.tree.flatten(opt_state())
+        leaves.extend(found)
+        tree.append(structure)
+
+    jax.eval_shape(trace)
+    return TrainState(params, jax.tree.unflatten(tree[0], leaves), everywhere, everywhere, everywhere)
