@@ -82,6 +82,7 @@ class Arguments:
 
 def parse(argv: list[str]) -> Arguments:
     """Arguments of a command line; what it does not say comes from the preset that it names."""
+    argv = _with_auto_mesh(argv)
     preset = DEFAULT_PRESET
     for position, argument in enumerate(argv):
         if argument == "--preset" and position + 1 < len(argv):
@@ -98,6 +99,14 @@ def parse(argv: list[str]) -> Arguments:
         model = dataclasses.replace(arguments.train.model, implementation=arguments.implementation)
         arguments = dataclasses.replace(arguments, train=dataclasses.replace(arguments.train, model=model))
     return arguments
+
+
+def _with_auto_mesh(argv: list[str]) -> list[str]:
+    """`--mesh auto` as the flag that it stands for."""
+    for position in range(len(argv) - 1):
+        if argv[position : position + 2] == ["--mesh", "auto"]:
+            return [*argv[:position], "--mesh.auto", *argv[position + 2 :]]
+    return argv
 
 
 def process_config(argv: list[str]) -> ProcessConfig:

@@ -55,6 +55,9 @@ class MeshConfig:
     """Shards of the sequence length; parameters, gradients and optimiser state are cut over this axis as over fsdp.
     Linear mixers exchange a state per head and layer, whatever the length; softmax attention all keys and values."""
 
+    auto: bool = False
+    """Choose the axes from the devices, the model and the batch, and say why (also as --mesh auto)."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -120,6 +123,7 @@ OPERATIONAL = frozenset({
     "keep_every",
     "log_every",
     "max_skipped_steps",
+    "mesh.auto",
     "mesh.data",
     "mesh.fsdp",
     "mesh.sequence",

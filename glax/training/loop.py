@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,22 +25,20 @@ from glax.data import (
 from glax.errors import Stopped, UserError
 from glax.models import LanguageModel
 from glax.training.checkpoints import Checkpoints
-from glax.training.config import TrainConfig
+from glax.training.config import MeshConfig, TrainConfig
 from glax.training.journal import Journal
 from glax.training.loggers import check_loggers, open_loggers
+from glax.training.mesh_choice import MICROBATCH_TOKENS, choose_mesh
 from glax.training.metrics import MetricsFile, Record, read_metrics
 from glax.training.plot import plot_losses
 from glax.training.processes import StopSignal, or_lost
 from glax.training.profiling import Trace
 from glax.training.progress import ProgressBar
 from glax.training.run_folder import check_same_run, owned
-from glax.training.sharding import batch_sharding, check_divisible, make_mesh, place_batch, row_part, use_mesh
+from glax.training.sharding import AXES, batch_sharding, check_divisible, make_mesh, place_batch, row_part, use_mesh
 from glax.training.state import Plan, TrainState, plan_state
 from glax.training.step import make_loss, make_train_step
 from glax.training.validation import validate
-
-# A device takes at most this many tokens at a time where config.microbatches is None.
-MICROBATCH_TOKENS = 32768
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +79,7 @@ def train(
     ``max_skipped_steps`` steps in a row were not finite; and where another process is lost. Raises Stopped after a
     SIGTERM to any process, once all is saved.
     """
+    config = with_chosen_mesh(config, jax.devices() if devices is None else devices, quiet)
     mesh = make_mesh(config.mesh, devices)
     microbatches = choose_microbatches(config, mesh)
     check_divisible(mesh, config.model, config.data, microbatches)
@@ -95,6 +95,21 @@ def train(
         with contextlib.closing(batches), owned(folder, config):
             run = Run(config, folder, mesh, plan, step, microbatches, data, quiet)
             return or_lost(run.go, batches)
+
+
+def with_chosen_mesh(config: TrainConfig, devices: Sequence[jax.Device], quiet: bool) -> TrainConfig:
+    """``config`` with the mesh that ``mesh.auto`` asks for, and a line that says why; ``config`` itself without."""
+    if not config.mesh.auto:
+        return config
+    if config.mesh != MeshConfig(auto=True):
+        raise UserError("mesh.auto chooses every axis: leave mesh.data, fsdp, tensor and sequence out, or auto")
+    local = next(device for device in devices if device.process_index == jax.process_index())
+    memory = (local.memory_stats() or {}).get("bytes_limit", math.inf)
+    mesh, why = choose_mesh(config, len(devices), memory, host=8)
+    if not quiet and jax.process_index() == 0:
+        axes = " x ".join(f"{axis} {getattr(mesh, axis)}" for axis in AXES if getattr(mesh, axis) > 1) or "one device"
+        print(f"mesh: {axes} ({why})", flush=True)
+    return dataclasses.replace(config, mesh=mesh)
 
 
 def plan_and_trace(config: TrainConfig, mesh: Mesh, microbatches: int) -> tuple[Plan, Lowered]:

@@ -177,7 +177,7 @@ def or_lost(run: Callable, *arguments):
     """``run(*arguments)``; raises UserError where it fails because another process of the run is gone."""
     try:
         return run(*arguments)
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, TimeoutError) as error:  # of a collective, of a barrier
         if jax.process_count() == 1:
             raise
         raise UserError(

@@ -43,7 +43,7 @@ def steps_on(tiny_config):
     def run(mesh_config: MeshConfig, model: str):
         config = tiny_config(mesh=mesh_config)
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, **MODELS[model]))
-        devices = math.prod(dataclasses.astuple(mesh_config)[1:]) * (mesh_config.data or 1)
+        devices = (mesh_config.data or 1) * mesh_config.fsdp * mesh_config.sequence * mesh_config.tensor
         mesh = make_mesh(mesh_config, jax.devices()[:devices])
         batches = train_batches(prepare(config.data, quiet=True), config.data)
         with use_mesh(mesh):

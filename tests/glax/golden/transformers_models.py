@@ -1,7 +1,7 @@
 """Makes llama.safetensors and mamba.safetensors: small random models of the `transformers` library with their logits.
 
-    python -m pip install torch transformers safetensors
-    python tests/glax/golden/transformers_models.py
+python -m pip install torch transformers safetensors
+python tests/glax/golden/transformers_models.py
 """
 
 from pathlib import Path
