@@ -1,12 +1,15 @@
 """metrics.jsonl, one JSON object per line: the truth about a run's curves."""
 
+import contextlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 
+from glax.errors import UserError
 from glax.training.run_folder import write_atomically
 
 Record = dict[str, Any]
@@ -20,6 +23,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, last_step: int):
         """Opens ``path`` with what it holds up to ``last_step``; later records, and half a line at the end, go."""
+        self._path = path
         if jax.process_index() != 0:
             self._file = None
             return
@@ -28,16 +32,26 @@ class MetricsFile:
         self._file = path.open("a")
 
     def write(self, record: Record) -> None:
-        if self._file is not None:
-            self._file.write(_line(record))
+        self._try(lambda file: file.write(_line(record)))
 
     def flush(self) -> None:
-        if self._file is not None:
-            self._file.flush()
+        self._try(lambda file: file.flush())
+
+    def _try(self, act: Callable[[TextIO], object]) -> None:
+        if self._file is None:
+            return
+        try:
+            act(self._file)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self._path} ({error.strerror or error}): make room there and start the same command "
+                "again, it continues from the last checkpoint"
+            ) from error
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # what cannot be written has been said
+                self._file.close()
 
 
 def read_metrics(path: Path) -> list[Record]:
