@@ -132,6 +132,8 @@ def soak(kills: int, seed: int, folder: Path) -> dict:
         unreadable += "cannot be read" in output.read_text()
         if code is None:
             done += 1
+            if done % 10 == 0:
+                print(f"{done} of {kills} kills, {run} runs complete", flush=True)
             continue
         if code != 0:
             raise UserError(f"{path} could not go on after {done} kills: {output.read_text()[-800:]}")
