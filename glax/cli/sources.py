@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from glax.data import Tokenizer, check_vocabulary, load_tokenizer
 from glax.errors import UserError
-from glax.interop import checkpoint_folder, load_model
+from glax.interop import checkpoint_folder, load_model, read_config
 from glax.models import Decoder, LanguageModel, cast, decoder
 from glax.training.restore import is_run, restore_run
 
@@ -42,6 +42,7 @@ def open_source(path: str, tokenizer: str | None, compute_dtype: str | None, imp
         chosen = load_tokenizer(tokenizer or config.data.tokenizer)
         return Source(model, chosen, chosen.eos_id, Path(path).name)
     folder = checkpoint_folder(path)
+    read_config(folder)  # says what is wrong with a folder that is no checkpoint's
     if compute_dtype is None:
         compute_dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     options = {"compute_dtype": compute_dtype, "implementation": implementation}

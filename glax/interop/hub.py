@@ -5,7 +5,7 @@ from pathlib import Path
 
 from glax.errors import UserError
 
-FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*")
+FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*token*")
 
 
 def checkpoint_folder(source: str | Path, revision: str | None = None) -> Path:

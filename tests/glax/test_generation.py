@@ -9,8 +9,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from glax.data import load_tokenizer
 from glax.errors import UserError
-from glax.inference import Sampling, advance, generate, start
+from glax.inference import (
+    Sampling,
+    TextStream,
+    advance,
+    complete,
+    generate,
+    start,
+    stream,
+)
 from glax.inference.sampling import sample
 from glax.models import PRESETS, LanguageModel
 
@@ -33,13 +42,28 @@ MODELS = {
     "hybrid, window": dataclasses.replace(BASE, attention_layers=(0,), attention_heads=4, attention_window=5),
 }
 PIECES = ["convolution, grouped heads", "hybrid", "hybrid, window", "scalar gate", "retnet", "mamba"]
+# Every kind of mixer, over many tokens.
+LONG = {
+    "gla, five kernels": dataclasses.replace(BASE, scan_layers=True, num_kv_heads=1),
+    "retnet": dataclasses.replace(
+        PRESETS["retnet-tiny"],
+        **{name: getattr(BASE, name) for name in ("vocab_size", "mlp_size", "compute_dtype", "initializer_range")},
+    ),
+    "mamba": dataclasses.replace(
+        PRESETS["mamba-tiny"], vocab_size=61, compute_dtype="float32", initializer_range=0.2, scan_layers=True
+    ),
+    "transformer": dataclasses.replace(
+        PRESETS["transformer-tiny"], vocab_size=61, mlp_size=96, compute_dtype="float32", initializer_range=0.2
+    ),
+    "hybrid, convolution": dataclasses.replace(BASE, attention_layers=(0,), attention_window=9, short_conv_width=4),
+}
 PROMPTS = [[7], [3, 1, 4, 1, 5, 9, 2, 6, 5], [50, 1, 22, 9]]
 NEW = 24
 
 
 @functools.cache
 def model_of(name: str) -> LanguageModel:
-    return LanguageModel(MODELS[name], rngs=nnx.Rngs(1))
+    return LanguageModel((MODELS | LONG)[name], rngs=nnx.Rngs(1))
 
 
 def padded(prompts: list[list[int]], filler: int) -> tuple[jnp.ndarray, jnp.ndarray]:
@@ -184,3 +208,54 @@ def test_bad_requests(change: dict, message: str):
     arguments = {"tokens": tokens, "lengths": lengths, "max_new_tokens": 4} | change
     with pytest.raises(UserError, match=message):
         generate(model_of("gla"), **arguments)
+
+
+class Words:
+    """A tokenizer of few words, to see texts end where they should."""
+
+    name, fingerprint, vocab_size, bos_id, eos_id = "words", "words", 61, 0, 0
+
+    def encode(self, text):
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids):
+        return "".join(f"{int(i)} " for i in ids)
+
+
+def test_text_streams_to_its_stop():
+    """Pieces join to the completion; a stop string across tokens ends its row alone, and is no part of the text."""
+    model, words = model_of("gla"), Words()
+    prompts = ["7", "3 1 4 1 5 9"]
+    options = {"max_new_tokens": 40, "sampling": Sampling(temperature=0.0)}
+    free = complete(model, words, prompts, **options)
+    assert [row.reason for row in free] == ["length", "length"]
+    assert [len(row.tokens) for row in free] == [40, 40]
+    third, fourth = free[0].tokens[20:22]
+    stop = f"{third} {fourth} "
+    pieces = [""] * 2
+    for texts, so_far, _ in stream(model, words, prompts, stop=[stop], **options):
+        streams = so_far
+        pieces = [before + text for before, text in zip(pieces, texts, strict=True)]
+    for row, (text, wanted) in enumerate(zip(pieces, free, strict=True)):
+        assert text == wanted.text.split(stop)[0]
+        assert streams[row].text == text
+    assert streams[0].reason == "stop string" and len(pieces[0]) < len(free[0].text)
+    ended = complete(model, words, prompts, end_token=int(free[0].tokens[5]), **options)
+    first = free[0].tokens.index(free[0].tokens[5])
+    assert ended[0].reason == "end" and ended[0].tokens == free[0].tokens[:first]
+    sampled = {"max_new_tokens": 20, "sampling": Sampling(temperature=1.0, top_p=0.9)}
+    same = [complete(model, words, prompts, seed=seed, **sampled) for seed in (1, 1, 2)]
+    assert same[0] == same[1] != same[2]
+
+
+def test_a_stream_keeps_back_what_is_not_certain():
+    """The bytes of half a character, and the beginning of a stop string, until it is none."""
+    text_stream = TextStream(load_tokenizer("bytes"), stop=["END"], limit=100)
+    given = [text_stream.add([byte]) for byte in "aé EN EEND tail".encode()]
+    assert given[:6] == ["a", "", "é", " ", "", ""]
+    assert "".join(given) == "aé EN E" and text_stream.text == "aé EN E"
+    assert text_stream.reason == "stop string"
+    with pytest.raises(UserError, match="a stop string is empty"):
+        TextStream(load_tokenizer("bytes"), stop=[""])
+    cut = TextStream(load_tokenizer("bytes"), stop=["xyz"], limit=3)
+    assert cut.add(b"axyq") == "axy" and cut.reason == "length"
