@@ -188,12 +188,12 @@ def measure(arguments: Arguments) -> dict[str, Any]:
 
     model = build(preset)
     fast = decoder(model)
-    for batch in arguments.batches:
-        add(functools.partial(decode_row, "decoder", fast, batch, arguments, copy_speed), what="decode")
     add(
         functools.partial(prompt_row, model, arguments.prompt or (32768 if gpu else 512), arguments.rounds),
         what="prompt",
     )
+    for batch in arguments.batches:
+        add(functools.partial(decode_row, "decoder", fast, batch, arguments, copy_speed), what="decode")
     for length in arguments.memory_lengths or ((1024, 65536) if gpu else (64, 1024)):
         add(functools.partial(memory_row, fast, length), what="memory")
     few = dataclasses.replace(arguments, tokens=min(arguments.tokens, 32))
