@@ -215,8 +215,10 @@ def draw(rows: list[Row], axes) -> None:
     for model in dict.fromkeys(row["model"] for row in rows):
         weak = sorted((row["gpus"], *efficiency_of(row, rows)) for row in rows
                       if row["model"] == model and efficiency_of(row, rows) is not None)  # fmt: skip
+        if len(weak) < 2:
+            weak = []
         gpus, without, overlapped = zip(*weak, strict=True) if weak else ((), (), ())
-        (line,) = left.plot(gpus, [100 * x for x in overlapped], marker="o", label=model)
+        (line,) = left.plot(gpus, [100 * x for x in overlapped], marker="o", label=model if weak else None)
         left.fill_between(
             gpus, [100 * x for x in without], [100 * x for x in overlapped], color=line.get_color(), alpha=0.2
         )
