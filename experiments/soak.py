@@ -1,9 +1,9 @@
 """Kills a small training run with SIGKILL at random moments, and looks whether anything is lost.
 
-Each start is killed at a random time, from its first file operation to its last; a run that is complete gives way to a
-new one, until --kills kills are done. Then the last is left alone. Every run must end with the losses of a run that
-nobody killed, bit for bit, each step once: a lost, repeated or reordered batch would show; and every start must read
-its folder. With no arguments: 200 kills, on the CPU; exit code 0 means that nothing was lost.
+Every second start is killed at a random time from its beginning on, the others while they train and save; a run that
+is complete gives way to a new one, until --kills kills are done. Then the last is left alone. Every run must end with
+the losses of a run that nobody killed, bit for bit, each step once: a lost, repeated or reordered batch would show; and
+every start must read its folder. With no arguments: 200 kills, on the CPU; exit code 0 means that nothing was lost.
 """
 
 import contextlib
@@ -69,8 +69,14 @@ def soak_config(folder: Path) -> TrainConfig:
     )
 
 
-def start(config: TrainConfig, folder: Path, output: Path, kill_after: float | None) -> int | None:
-    """One start of the run in a process of its own: its exit code, or None where the kill came first."""
+def start(
+    config: TrainConfig, folder: Path, output: Path, kill_after: float | None, *, in_training: bool = False
+) -> int | None:
+    """One start of the run in a process of its own: its exit code, or None where the kill came first.
+
+    ``kill_after`` seconds from its start, or ``in_training`` from when its step is compiled.
+    """
+    output.write_text("")
     child = os.fork()
     if child == 0:
         code = 1
@@ -86,8 +92,10 @@ def start(config: TrainConfig, folder: Path, output: Path, kill_after: float | N
         finally:
             sys.stdout.flush()
             os._exit(code)
-    deadline = None if kill_after is None else time.monotonic() + kill_after
+    deadline = None if kill_after is None or in_training else time.monotonic() + kill_after
     while True:
+        if in_training and deadline is None and compiled(output):
+            deadline = time.monotonic() + kill_after
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
@@ -98,6 +106,10 @@ def start(config: TrainConfig, folder: Path, output: Path, kill_after: float | N
         time.sleep(0.002)
 
 
+def compiled(output: Path) -> bool:
+    return "compiled the step" in output.read_text()
+
+
 def numbers(folder: Path) -> list[dict]:
     """metrics.jsonl without its times."""
     times = {"seconds", "tokens_per_second", "data_wait"}
@@ -105,6 +117,10 @@ def numbers(folder: Path) -> list[dict]:
         {name: value for name, value in record.items() if name not in times}
         for record in read_metrics(folder / "metrics.jsonl")
     ]
+
+
+def last_step(folder: Path) -> int:
+    return max((record["step"] for record in read_metrics(folder / "metrics.jsonl")), default=-1)
 
 
 def soak(kills: int, seed: int, folder: Path) -> dict:
@@ -121,18 +137,22 @@ def soak(kills: int, seed: int, folder: Path) -> dict:
         if start(config, folder / name, output, None) != 0:
             raise UserError(f"the run that nobody kills failed: {output.read_text()[-500:]}")
         whole = time.monotonic() - began
+    training = whole / 3  # what is killed later is complete, and does not count as a kill
     expected = numbers(folder / "unbroken")
 
-    draw, done, run, starts, unreadable = random.Random(seed), 0, 0, 0, 0
+    draw, done, run, starts, unreadable, stepped = random.Random(seed), 0, 0, 0, 0, 0
     while True:
         last = done >= kills
         path = folder / f"run{run}"
-        began = time.monotonic()
-        code = start(config, path, output, None if last else draw.uniform(0, whole))
+        in_training = not last and starts % 2 == 0
+        kill_after = None if last else draw.uniform(0, training if in_training else whole)
+        before = last_step(path)
+        code = start(config, path, output, kill_after, in_training=in_training)
         starts += 1
         unreadable += "cannot be read" in output.read_text()
         if code is None:
             done += 1
+            stepped += last_step(path) != before
             if done % 10 == 0:
                 print(f"{done} of {kills} kills, {run} runs complete", flush=True)
             continue
@@ -141,10 +161,10 @@ def soak(kills: int, seed: int, folder: Path) -> dict:
         if numbers(path) != expected:
             raise UserError(f"{path} has other losses than the run that nobody killed, after {done} kills")
         run += 1
-        whole = min(whole, time.monotonic() - began)  # the machine is less busy than it was
         if last:
             return {
                 "kills": done,
+                "kills_after_a_step": stepped,
                 "starts": starts,
                 "runs": run,
                 "steps": config.steps,
