@@ -217,10 +217,11 @@ def test_runs_from_ampere_on(monkeypatch, capability):
 
 
 def test_choice_takes_it_after_the_hopper_kernels(monkeypatch):
+    from kernels import dispatch
     from kernels.gla import api
 
     monkeypatch.setattr(operator, "_device_capability", lambda: "8.0")
-    monkeypatch.setattr(api, "_platform", lambda x: "gpu")
+    monkeypatch.setattr(dispatch, "platform_of", lambda x: "gpu")
     x = jax.ShapeDtypeStruct((1, 8, 1, 64), jnp.float32)
     choice = api.choose(x, x, x, x)
     assert choice.implementation == "triton"
@@ -234,3 +235,29 @@ def test_jax_triton_is_imported_only_when_used():
     code = "import sys, kernels.gla.triton; assert not {'triton', 'jax_triton'} & set(sys.modules)"
     root = os.path.dirname(os.path.abspath(operator.__file__)) + "/../../.."
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": root})
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices: JAX_PLATFORMS=cpu with eight virtual ones")
+def test_kernels_are_launched_for_a_shard(monkeypatch):
+    from jax.sharding import AxisType, NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    from kernels.gla.triton import launch
+
+    seen = []
+
+    def stand_in(kernel, inputs, outputs, blocks, tile, capability, **constants):
+        seen.append((inputs[0].shape[0], constants["H"]))
+        return [jnp.zeros(x.shape, x.dtype) + inputs[0].ravel()[0].astype(x.dtype) for x in outputs]
+
+    monkeypatch.setattr(launch, "launch", stand_in)
+    monkeypatch.setattr(operator, "_capability", lambda: 80)
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    sharding = NamedSharding(mesh, P("data", None, "tensor"))
+    q, k = (jax.ShapeDtypeStruct((8, 64, heads, 16), jnp.float32, sharding=sharding) for heads in (8, 4))
+    options = {"scale": 1.0, "initial_state": None, "segment_ids": None, "return_final_state": False}
+    loss = lambda *x: jnp.sum(operator.gated_linear_attention(*x, **options))  # noqa: E731
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(q, k, k, k).compile()
+    assert (2, 4) in seen  # and, where the whole call is abstractly evaluated, (8, 8)
+    assert set(seen) <= {(2, 4), (8, 8)}
+    assert not any(f" {name}(" in compiled.as_text() for name in ("all-gather", "all-to-all", "collective-permute"))
