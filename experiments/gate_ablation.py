@@ -4,7 +4,7 @@
     scalar   one data-dependent decay per head                      8 heads, 1 head    GLA with other heads
     fixed    RetNet's constants, one per head
 
-With no arguments: the first four, small, on bytes of Python's standard library, in about a minute on a CPU. Real text,
+With no arguments: the first four, small, on bytes of Python's standard library, in minutes on a CPU. Real text,
 larger, on a GPU:
 
     --data books/ --width 256 --layers 4 --length 512 --batch 16 --steps 1200 --seeds 3
