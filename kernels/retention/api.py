@@ -9,6 +9,7 @@ from ..gla.recurrence import state_dtype
 from . import recurrence
 
 IMPLEMENTATIONS = {  # as `kernels.dispatch` says
+    "mosaic_gpu": "kernels.retention.mosaic_gpu",
     "xla": "kernels.retention.chunked",
     "reference": "kernels.retention.recurrence",
 }
@@ -40,7 +41,8 @@ def retention(
       segment_ids: int32. The state restarts from zero wherever the id changes along T; `initial_state` belongs to the
         first segment of a row, the final state to its last.
       return_final_state: also return S_T, float32.
-      implementation: "xla", "reference", or None for the fastest that supports this call on this device; see `choose`.
+      implementation: "mosaic_gpu", "xla", "reference", or None for the fastest that supports this call on this
+        device; see `choose`.
 
     Returns:
       o in v's dtype, or (o, final state). Differentiable in every float array, states included.
