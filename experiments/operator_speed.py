@@ -99,7 +99,7 @@ class Retention:
     def operators(self, peers):
         """Name to call(q, k, v, log_gamma)."""
         ours = {name: functools.partial(retention, implementation=name) for name in ("mosaic_gpu", "xla")}
-        return ours | {f"gla, {name}": functools.partial(_gla, name) for name in ("mosaic_gpu", "xla")}
+        return ours | {f"gla {name}": functools.partial(_gla, name) for name in ("mosaic_gpu", "xla")}
 
     def recurrence(self, *arguments):
         return retention(*arguments, implementation="reference")

@@ -5,8 +5,8 @@ With b the running sum of log decays within a chunk, b_63 its total, per token r
     out_r = reading_r (read_r Z^T) + sum over c <= r of scale exp(b_r - b_c) (read_r right_c) left_c
     Z' = decay Z + sum over c of writing_c left_c^T right_c
 
-(going backward, c >= r and exp(b_c - b_r)). Decays are scalars, so they are factors of rows and of pairs, and no operand
-needs another form for each pair of tokens:
+(going backward, c >= r and exp(b_c - b_r)). Decays are scalars, so they are factors of rows and of pairs, and no
+operand needs another form for each pair of tokens:
 
     use   Z     rows  columns  left  right  read  order     reading           writing
     o     S^T   V     K        v     k      q     forward   scale exp(b)      exp(b_63 - b)
