@@ -19,8 +19,7 @@ def relative_rms(got, want) -> float:
     return float(np.sqrt(np.mean(np.square(got - want)) / np.mean(np.square(want))))
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
-@pytest.mark.parametrize("name", ["gla-base", "gla-conv-gqa-tied"])
+@pytest.mark.parametrize("name, scan_layers", [("gla-base", False), ("gla-conv-gqa-tied", True)])
 def test_golden_checkpoint(name: str, scan_layers: bool):
     checkpoint = GOLDEN / name
     if not checkpoint.is_dir():
