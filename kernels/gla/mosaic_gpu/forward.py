@@ -195,7 +195,6 @@ def forward(
                 return within
 
             if packed:
-                own_document = load(documents_s.at[slot], ROW)
                 opens, closes = documents_s[slot, 0], documents_s[slot, 63]
                 entering, leaving = (opens == document).astype(F32), (opens == closes).astype(F32)
                 document = closes
@@ -229,6 +228,7 @@ def forward(
                     """The state that enters belongs to the rows of the chunk's first document, and only rows of its
                     last go into the state that leaves."""
                     meet(barrier)  # P is made of q and k as they were
+                    own_document = load(documents_s.at[slot], ROW)
                     for x, chosen in ((q_own, opens), (k_own, closes)):
                         rows = where(own_document == chosen, 1.0, 0.0)
                         rows = plgpu.layout_cast(along_rows(plgpu.layout_cast(rows, ROW), TILE), WGMMA)
