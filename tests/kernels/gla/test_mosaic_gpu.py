@@ -13,7 +13,8 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels.gla import mosaic_gpu
-from kernels.gla.mosaic_gpu import forward, operator
+from kernels.gla.mosaic_gpu import forward, operator, wide_operator
+from kernels.gla.mosaic_gpu.wide import WideTiles
 
 pytestmark = [
     pytest.mark.skipif(jax.default_backend() != "cpu", reason="the interpreter runs on CPU"),
@@ -29,6 +30,7 @@ SHAPES = {
     "padded widths, two value blocks": (1, 70, 1, 1, 96, 144, True, True, "bfloat16"),
     "two key blocks": (1, 66, 1, 1, 256, 64, False, True, "bfloat16"),
     "float16": (2, 64, 1, 1, 48, 80, True, False, "float16"),
+    "many chunks of a wide head": (1, 330, 1, 1, 128, 256, False, False, "bfloat16"),
     "token": (1, 1, 1, 1, 16, 16, False, True, "bfloat16"),
 }
 
@@ -52,6 +54,8 @@ CASES = [
     ("padded widths, two value blocks", "strong", "sorted"),
     ("two key blocks", "mild", None),
     ("two key blocks", "wild", None),
+    ("many chunks of a wide head", "mild", None),
+    ("many chunks of a wide head", "resets", None),
     ("float16", "unscaled", "sorted"),
     ("token", "mild", None),
 ]
@@ -129,6 +133,21 @@ def test_sequence_in_two_pieces(gla, run, monkeypatch, gates, segments):
         monkeypatch.setattr(operator, name, cut)
     inputs = make_inputs(gla, "grouped", gates, segments)
     gla.check(inputs, run(inputs, pieces=2), "bfloat16")
+
+
+def test_sequence_of_a_wide_head_in_two_pieces(gla, run, monkeypatch):
+    monkeypatch.setattr(wide_operator, "wide_tiles", lambda *shapes: WideTiles(pieces=2))
+    inputs = make_inputs(gla, "padded widths, two value blocks", "wild", "sorted")
+    gla.check(inputs, run(inputs, pieces=2), "bfloat16")
+
+
+@pytest.mark.parametrize("i", [10, 70, 200])
+def test_gradients_of_the_future_of_a_wide_head_are_zero(gla, run, i):
+    inputs = make_inputs(gla, "many chunks of a wide head", "mild")
+    d_o = jnp.where(np.arange(330)[:, None, None] == i, inputs.d_o, 0)
+    outputs = run(inputs.replace(d_o=d_o))
+    for name in ("dq", "dk", "dv", "dlog_alpha"):
+        assert not np.any(outputs[name][:, i + 1 :]), name
 
 
 @pytest.mark.parametrize("gates, i", [("mild", 10), ("mild", 37), ("fast", 70), ("wild", 10)])
