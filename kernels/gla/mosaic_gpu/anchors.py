@@ -23,8 +23,9 @@ CHUNK = 64
 LIMIT = 40.0  # nats: exp(2 * LIMIT) times a product of ordinary values stays finite in float32
 FLOOR = -200.0  # nats: exp(FLOOR) is 0 in float32, so gates below it are as good as -inf, and 0 * FLOOR is not NaN
 
-# Rows of `constant_rows`: 8 rows that sum the gates through the middle row and 8 that sum the rest; sums through row i.
-FIRST, SECOND, PREFIX = 128, 136, 592
+# Rows of `constant_rows`: after D, 8 rows that sum the gates through the middle row, 8 that sum the rest, and the sums
+# through row i.
+FIRST, SECOND, PREFIX = 64, 72, 80
 
 
 def beyond_limit(exponents: jax.Array) -> jax.Array:
@@ -33,27 +34,11 @@ def beyond_limit(exponents: jax.Array) -> jax.Array:
 
 
 def constant_rows() -> jax.Array:
-    """The matrices that multiply gates, stacked: [720, 64] bf16.
+    """The matrices that multiply gates, stacked: [144, 64] bf16.
 
-    A matrix for half width h gives (D @ gates)[i] = b_i - b_m, m the middle row of i's block of 2h: >= 0 left of m,
-    <= 0 right of it.
-    The depth of a pair i > j is log2 of the half width of the level that takes it; -1 on the diagonal, 64 above it.
-    (A table, because masks made from iota are hoisted out of the chunk loop by the compiler, and fill the registers.)
+    The first 64 rows are D: (D @ gates)[i] = b_i - b_m, m the chunk's middle row: >= 0 left of m, <= 0 right of it.
     """
     i, t = jnp.arange(64)[:, None], jnp.arange(64)[None]
-
-    def anchor(half):
-        m = (i & ~(2 * half - 1)) + half
-        return jnp.where((t > m) & (t <= i), 1.0, 0.0) - jnp.where((t > i) & (t <= m), 1.0, 0.0)
-
+    D = jnp.where((t > 32) & (t <= i), 1.0, 0.0) - jnp.where((t > i) & (t <= 32), 1.0, 0.0)
     first, second = (jnp.broadcast_to(jnp.where(rows, 1.0, 0.0), (8, 64)) for rows in (t <= 32, t > 32))
-    anchors = [anchor(half) for half in (32, 16, 8, 4, 2, 1)]
-    depths = _depths()
-    ones = jnp.ones((64, 64))
-    sums = [jnp.tril(ones), jnp.triu(ones, 1)]
-    return jnp.concatenate([anchors[0], depths, first, second, depths.T, *anchors, *sums]).astype(BF16)
-
-
-def _depths():
-    i, t = jnp.arange(64)[:, None], jnp.arange(64)[None]
-    return jnp.where(i > t, jnp.floor(jnp.log2(jnp.maximum(i ^ t, 1))), jnp.where(i == t, -1.0, 64.0))
+    return jnp.concatenate([D, first, second, jnp.tril(jnp.ones((64, 64)))]).astype(BF16)

@@ -26,7 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .anchors import CHUNK, FIRST, FLOOR, PREFIX, beyond_limit, constant_rows
+from .anchors import CHUNK, FIRST, FLOOR, PREFIX, SECOND, beyond_limit, constant_rows
 from .prepare import anchor_matrix, level_pairs
 from .warpgroup import BF16, COLUMN, F32, ROW, TILE, WGMMA, Products, along_columns, along_rows, iota, load, pin, shared
 
@@ -155,11 +155,10 @@ def finish(q, k, log_alpha, pairs, diagonal, dq_carried, dk_carried, across, *, 
             plgpu.copy_gmem_to_smem(pairs_g.at[b, h, chunk], pairs_s.at[slot], arrived.at[slot])
 
         zero_s[0] = jnp.int32(0)
-        for start, target, size in ((0, 0, 64), (PREFIX, 64, 64), (FIRST, 128, 16)):
-            plgpu.copy_gmem_to_smem(constants_g.at[pl.ds(start, size)], constants_s.at[pl.ds(target, size)], ready)
+        plgpu.copy_gmem_to_smem(constants_g, constants_s, ready)
         fetch(0)
         plgpu.barrier_wait(ready)
-        around_middle, up_to, halves = (constants_s.at[pl.ds(*at)] for at in ((0, 64), (64, 64), (128, 16)))
+        around_middle, up_to = constants_s.at[pl.ds(0, 64)], constants_s.at[pl.ds(PREFIX, 64)]
 
         def body(step, _):
             slot = lax.rem(step, STAGES)
@@ -200,8 +199,10 @@ def finish(q, k, log_alpha, pairs, diagonal, dq_carried, dk_carried, across, *, 
             within = (worst_s[0] == 0.0) & (worst_s[63] == 0.0)
 
             def tier_1():
-                half = lambda start: jnp.exp(jnp.max(product(g_c.T, halves.at[pl.ds(start, 8)].T, (64, 8)), axis=1))
-                before_s[...], after_s[...] = half(0), half(8)
+                half = lambda start: jnp.exp(
+                    jnp.max(product(g_c.T, constants_s.at[pl.ds(start, 8)].T, (64, 8)), axis=1)
+                )
+                before_s[...], after_s[...] = half(FIRST), half(SECOND)
                 high_s[...] = (raw_q() * jnp.exp(D)).astype(BF16)
                 low_s[...] = (raw_k() * jnp.exp(-D)).astype(BF16)
                 plgpu.commit_smem()
@@ -261,7 +262,7 @@ def finish(q, k, log_alpha, pairs, diagonal, dq_carried, dk_carried, across, *, 
     tile = lambda: shared((STAGES, CHUNK, 64))
     scratch = [tile(), tile(), tile(), tile(), shared((1, CHUNK, 64)), shared((1, CHUNK, 64)), shared((144, 64))]
     scratch += [plgpu.SMEM((64,), F32)] * 3 + [plgpu.SMEM((1,), jnp.int32)]
-    scratch += [plgpu.Barrier(num_arrivals=4, num_barriers=STAGES), plgpu.Barrier(num_arrivals=3)]
+    scratch += [plgpu.Barrier(num_arrivals=4, num_barriers=STAGES), plgpu.Barrier()]
     scratch += [shared(TILE)] if interpreted else []
     operands = [q, k, log_alpha, pairs, diagonal, dq_carried, dk_carried, across, constant_rows()]
     return plgpu.kernel(

@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .anchors import CHUNK, FIRST, FLOOR, beyond_limit, constant_rows
+from .anchors import CHUNK, FIRST, FLOOR, PREFIX, SECOND, beyond_limit, constant_rows
 from .warpgroup import BF16, COLUMN, F32, ROW, TILE, WGMMA, Products, along_columns, along_rows, iota, load, pin, shared
 
 STAGES = 3
@@ -69,8 +69,7 @@ def prepare(q, k, log_alpha, *, scale, documents=None, interpret=None):
             plgpu.copy_gmem_to_smem(k_g.at[b, tokens, g, channels], k_s.at[slot], arrived.at[slot])
 
         zero_s[0] = jnp.int32(0)
-        plgpu.copy_gmem_to_smem(constants_g.at[pl.ds(0, 64)], constants_s.at[pl.ds(0, 64)], ready)
-        plgpu.copy_gmem_to_smem(constants_g.at[pl.ds(FIRST, 16)], constants_s.at[pl.ds(64, 16)], ready)
+        plgpu.copy_gmem_to_smem(constants_g.at[pl.ds(0, PREFIX)], constants_s, ready)
         for step in range(STAGES - 1):
             pl.when(step < steps)(functools.partial(fetch, step))
         plgpu.barrier_wait(ready)
@@ -107,7 +106,7 @@ def prepare(q, k, log_alpha, *, scale, documents=None, interpret=None):
             within = (worst_s[0] == 0.0) & (worst_s[63] == 0.0)
 
             def tier_1(P):
-                before, after = half_total(64), half_total(64 + 8)
+                before, after = half_total(FIRST), half_total(SECOND)
                 before_s[...], after_s[...] = before, after
                 of_q, of_k = raw_q() * jnp.exp(D), raw_k() * jnp.exp(-D)
                 q_hat[...], k_hat[...] = of_q.astype(BF16), of_k.astype(BF16)
@@ -124,7 +123,7 @@ def prepare(q, k, log_alpha, *, scale, documents=None, interpret=None):
                 ones = lambda mask: jnp.where(mask, 1.0, 0.0).astype(BF16)
                 q_c[...] = reached(raw_q() * jnp.exp(product(ones(column() <= row()), g_c, TILE))).astype(BF16)
                 k_c[...] = reaching(raw_k() * jnp.exp(product(ones(column() > row()), g_c, TILE))).astype(BF16)
-                return P, half_total(64) * half_total(64 + 8)
+                return P, half_total(FIRST) * half_total(SECOND)
 
             P, decay = lax.cond(within, tier_1, tiers_2_and_3, P)
 
@@ -159,9 +158,9 @@ def prepare(q, k, log_alpha, *, scale, documents=None, interpret=None):
         plgpu.wait_smem_to_gmem(0)
 
     tile = lambda stages: shared((stages, CHUNK, 64))
-    scratch = [tile(STAGES), tile(STAGES), tile(STAGES), shared(TILE), shared(TILE), shared(TILE), shared((80, 64))]
+    scratch = [tile(STAGES), tile(STAGES), tile(STAGES), shared(TILE), shared(TILE), shared(TILE), shared((PREFIX, 64))]
     scratch += [plgpu.SMEM((64,), F32)] * 3 + [plgpu.SMEM((1,), jnp.int32)]
-    scratch += [plgpu.Barrier(num_arrivals=3, num_barriers=STAGES), plgpu.Barrier(num_arrivals=2)]
+    scratch += [plgpu.Barrier(num_arrivals=3, num_barriers=STAGES), plgpu.Barrier()]
     scratch += [shared(TILE)] if interpreted else []
     return plgpu.kernel(
         kernel,
