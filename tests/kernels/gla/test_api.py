@@ -113,3 +113,13 @@ def test_recurrence_in_float64_is_the_oracle(gla):
         cotangents = jnp.asarray(inputs.d_o, jnp.float64), jnp.asarray(inputs.d_state, jnp.float64)
         for name, got in zip(gla.OUTPUTS, (*outputs, *vjp(cotangents)), strict=True):
             np.testing.assert_allclose(got, expected[name], atol=1e-12, err_msg=name)
+
+
+def test_what_is_held_back_is_not_chosen(monkeypatch):
+    from kernels.gla import mosaic_gpu
+
+    monkeypatch.setattr(mosaic_gpu, "unsupported", lambda *arrays, **options: None)
+    struct = lambda width: jax.ShapeDtypeStruct((1, 64, 2, width), jnp.bfloat16)  # noqa: E731
+    assert kernels.gla.choose(*[struct(64)] * 4).implementation == "mosaic_gpu"
+    choice = kernels.gla.choose(*[struct(256)] * 4)
+    assert choice.implementation != "mosaic_gpu" and "wide heads" in choice.passed_over["mosaic_gpu"]
