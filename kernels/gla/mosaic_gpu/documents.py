@@ -20,6 +20,8 @@ class Documents:
     goes_on: Float[Array, "B T"]  # 1 where it belongs to that of the token before it
     through: Float[Array, "B C"]  # 1 where the token before the chunk and its last are of one document
 
+    together: Float[Array, "B C 64 64"]  # bf16, 1 where two tokens of a chunk are of one document
+
     @classmethod
     def of(cls, numbers: Int[Array, "B T"] | None):
         """The factors, from the numbers of documents; None where there are none."""
@@ -35,4 +37,5 @@ class Documents:
             reaching=factor(rows == rows[..., -1:]),
             goes_on=factor(jnp.diff(numbers, axis=1, prepend=numbers[:, :1]) == 0),
             through=factor(before == rows[..., -1]),
+            together=(rows[..., :, None] == rows[..., None, :]).astype(jnp.bfloat16),
         )

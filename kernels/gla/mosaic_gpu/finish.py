@@ -86,9 +86,7 @@ def pair_gradients(do, v, *, documents=None, interpret=None):
         diagonal_g.at[b, h, chunk][...] = jnp.sum(jnp.where(row == column, dP, 0.0), axis=1)
         below = jnp.where(column < row, dP, 0.0)
         if packed:
-            own = load(documents_g.at[b, tokens], ROW, optimized=False)
-            other = load(documents_g.at[b, tokens], COLUMN, optimized=False)
-            below = jnp.where(along_rows(own, TILE) == along_columns(other, TILE), below, 0.0)
+            below = below * load(documents_g.at[b, chunk], optimized=False).astype(F32)
         below = below.astype(BF16)
         above_s.T[...] = plgpu.layout_cast(below, TRANSPOSED)
         plgpu.commit_smem()
@@ -109,7 +107,7 @@ def pair_gradients(do, v, *, documents=None, interpret=None):
         grid_names=("block",),
         kernel_name="gla_pair_gradients",
         **({"interpret": interpret} if interpreted else {}),
-    )(do, v, *((documents.numbers,) if packed else ()))
+    )(do, v, *((documents.together,) if packed else ()))
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "interpret"))

@@ -41,6 +41,7 @@ def prepare(q, k, log_alpha, *, scale, documents=None, interpret=None):
     G, chunks, slices = k.shape[2], T // CHUNK, K // 64
     group, blocks = H // G, -(-chunks // CHUNKS)
     packed, interpreted = documents is not None, interpret is not None
+    masks = (documents.together, documents.reached, documents.reaching) if packed else ()
 
     def kernel(*refs):
         refs = list(refs)
@@ -131,9 +132,7 @@ def prepare(q, k, log_alpha, *, scale, documents=None, interpret=None):
             def _():
                 masked = jnp.where(column() <= row(), P, 0.0)
                 if packed:
-                    own = load(documents_g.at[b, tokens], ROW, optimized=False)
-                    other = load(documents_g.at[b, tokens], COLUMN, optimized=False)
-                    masked = jnp.where(along_rows(own, TILE) == along_columns(other, TILE), masked, 0.0)
+                    masked = masked * load(documents_g.at[b, chunk], optimized=False).astype(F32)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 P_s[...] = masked.astype(BF16)
                 plgpu.commit_smem()
@@ -176,7 +175,13 @@ def prepare(q, k, log_alpha, *, scale, documents=None, interpret=None):
         kernel_name="gla_prepare",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **({"interpret": interpret} if interpreted else {}),
-    )(q, k, log_alpha, constant_rows(), *((documents.numbers, documents.reached, documents.reaching) if packed else ()))
+    )(
+        q,
+        k,
+        log_alpha,
+        constant_rows(),
+        *masks,
+    )
 
 
 def add_slice(P, product, raw_q, raw_k, g_c, q_hat, k_hat, worst_s, row, column):
