@@ -101,7 +101,6 @@ BAD_INPUT = {
     "a mesh that does not divide the heads": (["--mesh.tensor", "8"], "does not divide the model's 2 heads"),
     "a mesh that does not divide the batch": (["--data.batch-size", "12"], "not a multiple of mesh.data 8"),
     "microbatches that do not divide the batch": (["--microbatches", "3"], "microbatches 3"),
-    "a sequence axis": (["--mesh.sequence", "2"], "mesh.sequence is 2"),
     "a sequence longer than the data": (["--data.sequence-length", "1000000"], "fewer than one sequence of 1000000"),
     "an absent extra": (["--wandb"], 'pip install "glax[loggers]"'),
     "an unknown preset": (["--preset", "gla-9000b"], 'unknown preset "gla-9000b"'),
