@@ -14,17 +14,15 @@ from .anchors import CHUNK
 class Documents:
     """Factors are float32, 0 or 1. C = T / 64 chunks."""
 
-    numbers: Int[Array, "B T"]  # that never come back
     reached: Float[Array, "B T"]  # 1 where a token belongs to the document of the token before its chunk
     reaching: Float[Array, "B T"]  # 1 where it belongs to that of its chunk's last token
     goes_on: Float[Array, "B T"]  # 1 where it belongs to that of the token before it
     through: Float[Array, "B C"]  # 1 where the token before the chunk and its last are of one document
-
     together: Float[Array, "B C 64 64"]  # bf16, 1 where two tokens of a chunk are of one document
 
     @classmethod
     def of(cls, numbers: Int[Array, "B T"] | None):
-        """The factors, from the numbers of documents; None where there are none."""
+        """The factors, from numbers of documents that never come back; None where there are none."""
         if numbers is None:
             return None
         B, T = numbers.shape
@@ -32,7 +30,6 @@ class Documents:
         before = jnp.concatenate([numbers[:, :1], rows[:, :-1, -1]], axis=1)
         factor = lambda mask: mask.astype(jnp.float32).reshape(B, -1)
         return cls(
-            numbers=numbers,
             reached=factor(rows == before[..., None]),
             reaching=factor(rows == rows[..., -1:]),
             goes_on=factor(jnp.diff(numbers, axis=1, prepend=numbers[:, :1]) == 0),

@@ -55,7 +55,7 @@ def pair_gradients(do, v, *, documents=None, interpret=None):
         refs = list(refs)
         do_g, v_g = refs[:2]
         del refs[:2]
-        documents_g = refs.pop(0) if packed else None
+        together_g = refs.pop(0) if packed else None
         pairs_g, diagonal_g, do_s, v_s, below_s, above_s, arrived = refs
         index = lax.axis_index("block")
         chunk, index = index % chunks, index // chunks
@@ -86,7 +86,7 @@ def pair_gradients(do, v, *, documents=None, interpret=None):
         diagonal_g.at[b, h, chunk][...] = jnp.sum(jnp.where(row == column, dP, 0.0), axis=1)
         below = jnp.where(column < row, dP, 0.0)
         if packed:
-            below = below * load(documents_g.at[b, chunk], optimized=False).astype(F32)
+            below = below * load(together_g.at[b, chunk], optimized=False).astype(F32)
         below = below.astype(BF16)
         above_s.T[...] = plgpu.layout_cast(below, TRANSPOSED)
         plgpu.commit_smem()

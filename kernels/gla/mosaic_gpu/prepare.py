@@ -47,7 +47,7 @@ def prepare(q, k, log_alpha, *, scale, documents=None, interpret=None):
         refs = list(refs)
         q_g, k_g, g_g, constants_g = refs[:4]
         del refs[:4]
-        documents_g, reached_g, reaching_g = (refs.pop(0), refs.pop(0), refs.pop(0)) if packed else (None,) * 3
+        together_g, reached_g, reaching_g = (refs.pop(0), refs.pop(0), refs.pop(0)) if packed else (None,) * 3
         q_out_g, k_out_g, P_g, decay_g = refs[:4]
         q_s, k_s, g_s, q_hat, k_hat, P_s, constants_s, *refs = refs[4:]
         worst_s, before_s, after_s, zero_s, arrived, ready, *rest = refs
@@ -132,7 +132,7 @@ def prepare(q, k, log_alpha, *, scale, documents=None, interpret=None):
             def _():
                 masked = jnp.where(column() <= row(), P, 0.0)
                 if packed:
-                    masked = masked * load(documents_g.at[b, chunk], optimized=False).astype(F32)
+                    masked = masked * load(together_g.at[b, chunk], optimized=False).astype(F32)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 P_s[...] = masked.astype(BF16)
                 plgpu.commit_smem()
