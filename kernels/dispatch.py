@@ -3,8 +3,7 @@
 An operator's table of implementations maps names to modules, fastest first; a module is imported when asked for. Each
 has a function named like the operator, which takes its arguments checked and brings its own derivative and sharding;
 and `unsupported`, which takes the same arguments and the platform, and gives None or a sentence that says which
-argument it cannot run and why. One that has `held_back`, of the same arguments, runs the calls for which that gives a
-sentence only when it is named.
+argument it cannot run and why.
 """
 
 import importlib
@@ -26,13 +25,11 @@ class Choice(NamedTuple):
 
 
 def choose(implementations: dict[str, str], *arrays, **options) -> Choice:
-    """The first implementation that supports the call, and does not hold back from it."""
+    """The first implementation that supports the call."""
     passed_over = {}
     for name, path in implementations.items():
         module = importlib.import_module(path)
         reason = module.unsupported(*arrays, **options, platform=platform_of(arrays[0]))
-        if reason is None and hasattr(module, "held_back"):
-            reason = module.held_back(*arrays, **options)
         if reason is None:
             return Choice(name, passed_over)
         passed_over[name] = reason

@@ -1,5 +1,5 @@
 """Gated linear attention on Hopper GPUs: README.md draws the walk."""
 
-from .operator import gated_linear_attention, held_back, unsupported
+from .operator import gated_linear_attention, unsupported
 
-__all__ = ["gated_linear_attention", "held_back", "unsupported"]
+__all__ = ["gated_linear_attention", "unsupported"]

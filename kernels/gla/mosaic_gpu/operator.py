@@ -35,17 +35,6 @@ def unsupported(q, k, v, log_alpha, *, initial_state, segment_ids, return_final_
     return None
 
 
-def held_back(q, k, v, log_alpha, **options) -> str | None:
-    """Why the call runs here only by name: its kernels have not been compared with the recurrence on a card yet."""
-    widths = padded_widths(q.shape[-1], v.shape[-1])
-    if is_wide(*widths):
-        return (
-            f"K = {q.shape[-1]} and V = {v.shape[-1]} take the kernels of wide heads, which were timed on an H200 but "
-            'whose errors there are not measured yet: implementation="mosaic_gpu" runs them'
-        )
-    return None
-
-
 def _capability() -> str | None:
     """Of the mesh in use, whose GPUs need not be here (a compilation for others), or of this machine's."""
     target = jax.sharding.get_abstract_mesh().abstract_device

@@ -115,11 +115,14 @@ def test_recurrence_in_float64_is_the_oracle(gla):
             np.testing.assert_allclose(got, expected[name], atol=1e-12, err_msg=name)
 
 
-def test_what_is_held_back_is_not_chosen(monkeypatch):
-    from kernels.gla import mosaic_gpu
-
-    monkeypatch.setattr(mosaic_gpu, "unsupported", lambda *arrays, **options: None)
-    struct = lambda width: jax.ShapeDtypeStruct((1, 64, 2, width), jnp.bfloat16)  # noqa: E731
-    assert kernels.gla.choose(*[struct(64)] * 4).implementation == "mosaic_gpu"
-    choice = kernels.gla.choose(*[struct(256)] * 4)
-    assert choice.implementation != "mosaic_gpu" and "wide heads" in choice.passed_over["mosaic_gpu"]
+@pytest.mark.parametrize(
+    ("channels", "floats", "obstacle"),
+    [(64, "bfloat16", None), (256, "float16", None), (272, "bfloat16", "up to 256"), (64, "float32", "bfloat16 and")],
+)
+def test_hopper_kernels_are_chosen_for_what_they_take(monkeypatch, channels, floats, obstacle):
+    monkeypatch.setattr("kernels.dispatch.platform_of", lambda x: "gpu")
+    monkeypatch.setattr("kernels.gla.mosaic_gpu.operator._capability", lambda: "9.0")
+    monkeypatch.delitem(api.IMPLEMENTATIONS, "triton")  # asks the driver, which is not here
+    choice = kernels.gla.choose(*[jax.ShapeDtypeStruct((1, 64, 2, channels), floats)] * 4)
+    assert (choice.implementation == "mosaic_gpu") == (obstacle is None)
+    assert obstacle is None or obstacle in choice.passed_over["mosaic_gpu"]
