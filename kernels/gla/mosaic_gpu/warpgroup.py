@@ -31,7 +31,7 @@ def transforms(dtype=BF16):
     return plgpu.TilingTransform((8, SWIZZLE // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(SWIZZLE)
 
 
-def load(ref, layout=WGMMA, optimized=True) -> jax.Array:
+def load(ref, layout=None, optimized=True) -> jax.Array:
     """Shared or device memory to registers; `optimized=False` allows device memory."""
     return plgpu.load(ref, layout=layout, optimized=optimized)
 
