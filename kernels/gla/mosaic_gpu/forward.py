@@ -7,11 +7,11 @@ Per chunk of 64 tokens (equations of kernels/gla/chunked.py, anchors of tables.p
 In tier 1 q and k are gated once, around the middle of the chunk, and serve every product: the state is kept in the same
 frame by S_hat = exp(b_31) S, so that S' = exp(b_63 - b_31) (S_hat + k~^T v) costs one multiply of the state and no
 further exponentials. S_hat in bf16 is also what the backward needs of the forward, so it can be written out from
-shared memory as it stands. In tiers 2 and 3 q and k stay as they came while each level is gated into tiles of its own:
-the room of S_hat and of o, which are not there yet.
+shared memory as it stands. Tiers 2 and 3: forward_tiers.py.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,28 +19,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .anchors import CHUNK, FLOOR, beyond_limit
-from .pieces import Pieces, carry_in
-from .tables import (
-    DIAGONAL,
-    FIRST,
-    LEVELS,
-    LOG2_E,
-    LOWER,
-    LOWER_IN_16,
-    MATRIX_ROWS,
-    MIDDLE,
-    PREFIX,
-    SECOND,
-    SUFFIX,
-    codes,
-    has,
-    has_all,
-    level_of,
-    matrices,
-    matrix,
-    to_exponents,
-)
+from . import forward_tiers
+from .anchors import CHUNK, beyond_limit
+from .gating import around_middle, half_sums
+from .pieces import WHOLE, Cut, Pieces, carry_in
+from .tables import DIAGONAL, LOWER, MATRIX_ROWS, MIDDLE, codes, has, matrices
 from .warpgroup import (
     BF16,
     COLUMN,
@@ -51,10 +34,8 @@ from .warpgroup import (
     Products,
     along_columns,
     along_rows,
-    iota,
     load,
     meet,
-    pin,
     shared,
     split,
     where,
@@ -68,7 +49,7 @@ class ForwardTiles:
     value_block: int  # columns of v per block: 64 or 128
     warpgroups: int  # each owns 64 key channels, so rows of the state, and value_block / warpgroups columns of o
     stages: int = 2  # chunks of q, k, v, log_alpha in shared memory
-    segments: int = 1  # pieces of the sequence walked side by side
+    cut: Cut = WHOLE  # of the sequence, into pieces that are walked side by side
 
 
 def forward(
@@ -88,11 +69,11 @@ def forward(
     """o, the final state and (on request) the states that enter each chunk.
 
     Args:
-      q: [B, T, H, K] bf16, T a multiple of 64 * tiles.segments; K 64 or 128 (wider: wide.py).
+      q: [B, T, H, K] bf16, T a multiple of 64; K 64 or 128 (wider: wide.py).
       k, log_alpha: [B, T, G, K] bf16. v: [B, T, G, V] bf16, V a multiple of tiles.value_block.
       scale: multiplies q.
       initial_state: [B, H, K, V] float32, or None for zero.
-      pieces: with tiles.segments > 1, what each piece adds to the state, from `own_states`.
+      pieces: of a sequence that is cut, what each piece adds to the state, from `own_states`.
       documents: [B, T] int32, a number that changes, and never comes back, where the state restarts; or None.
       save_states: also return what the backward needs of the walk.
 
@@ -103,9 +84,8 @@ def forward(
     """
     B, T, H, K = q.shape
     G, V = v.shape[2:]
-    N, W, VB, stages = tiles.segments, tiles.warpgroups, tiles.value_block, tiles.stages
+    N, W, VB, stages = tiles.cut.pieces, tiles.warpgroups, tiles.value_block, tiles.stages
     VW, blocks = max(VB // W, 64), V // VB
-    steps = T // CHUNK // N
     has_state, packed = initial_state is not None, documents is not None
     interpreted = interpret is not None
 
@@ -126,9 +106,10 @@ def forward(
         spare = rest.pop(0) if interpreted else None
 
         w = lax.axis_index("warpgroup")
-        (block, piece, h), b = split(lax.axis_index("block"), blocks, N, H)
+        (block, h, b), piece = split(lax.axis_index("block"), blocks, H, B)
+        piece = N - 1 - piece if N > 1 else 0  # the first, which may be shorter, last
         g = lax.div(h, H // G)
-        first = piece * steps
+        first, steps = tiles.cut.span(piece, T // CHUNK, shorter_last=False)
         columns = pl.ds(block * VB, VB)
         own = pl.ds(w * 64, 64)  # this warpgroup's key channels
         own_values = pl.ds(w * VW, VW) if VB >= 64 * W else pl.ds(0, VW)
@@ -154,15 +135,14 @@ def forward(
             plgpu.copy_gmem_to_smem(codes_g, codes_s.at[0], tables_arrived)
             plgpu.copy_gmem_to_smem(matrices_g, matrices_s.at[0], tables_arrived)
 
-        for step in range(min(stages, steps)):
+        for step in range(min(stages, tiles.cut.shortest(T // CHUNK))):
             fetch(step)
         plgpu.barrier_wait(tables_arrived)
         meet(barrier)
 
         def gate_products(gates, of_gates):
             """Of this warpgroup's channels: exponents around the middle of the chunk, and sums over its halves."""
-            halves = [([(gates.T, of_gates.at[pl.ds(start, 8)].T)], (64, 8)) for start in (FIRST, SECOND)]
-            return ([(of_gates.at[pl.ds(MIDDLE, 64)], gates)], TILE), *halves
+            return ([(of_gates.at[pl.ds(MIDDLE, 64)], gates)], TILE), *half_sums(gates, of_gates)
 
         def noted(D, *halves):
             """D, and exp of the halves' sums per row of the state, after noting where D exceeds its limit."""
@@ -203,8 +183,7 @@ def forward(
 
             def tier_1():
                 entered = before * entering if packed else before
-                q_own[...] = (load(q_own).astype(F32) * (jnp.exp(D) * scale)).astype(BF16)
-                k_own[...] = (load(k_own).astype(F32) * jnp.exp(-D)).astype(BF16)
+                around_middle(q_own, k_own, D, scale)
                 S_s.at[own][...] = (S * along_rows(entered, (64, VB))).astype(BF16)
                 plgpu.commit_smem()
                 meet(barrier)
@@ -213,7 +192,10 @@ def forward(
                 return P.astype(BF16), entered, after
 
             def tiers_2_and_3():
-                P, whole = hard_chunk(step, S_s, tables, of_gates, q_own, k_own, gates, agreed)
+                P, whole = forward_tiers.tiers_2_and_3(
+                    q_own, k_own, gates, S_s, o_s, tables, of_gates, rows_s, w, scale=scale, product=product,
+                    barrier=barrier, agreed=agreed, note_tier=functools.partial(note_tier, step),
+                )  # fmt: skip
                 S_s.at[own][...] = (S * entering if packed else S).astype(BF16)
                 plgpu.commit_smem()
                 meet(barrier)
@@ -281,79 +263,6 @@ def forward(
 
             return moved, document, ahead
 
-        def hard_chunk(step, S_s, tables, of_gates, q_own, k_own, gates, agreed):
-            """Tiers 2 and 3: P, with q and k left gated from the chunk's start and to its end, and exp of all gates."""
-            # Two tiles of 64 x 64 for each warpgroup: the room of the state, and of the rest of it or of o.
-            tiles = [
-                [S_s.at[pl.ds(64 * n, 64), pl.ds(0, 64)] for n in range(W)],
-                [S_s.at[pl.ds(64 * n, 64), pl.ds(64, 64)] if VB > 64 else o_s.at[n] for n in range(W)],
-            ]
-            own_tiles = [
-                S_s.at[own, pl.ds(0, 64)],
-                S_s.at[own, pl.ds(64, 64)] if VB > 64 else o_s.at[w],
-            ]
-            gates[...] = jnp.maximum(load(gates), jnp.asarray(FLOOR, BF16))
-            plgpu.commit_smem()
-
-            def sums(*bits):
-                return [([(matrix(tables, table, bit), gates)], TILE) for table, bit in bits]
-
-            D = product.total(*sums(LEVELS[3])[0]) * (to_exponents(LEVELS[3][1]) / LOG2_E)
-            rows_s.at[1, w][...] = beyond_limit(D)
-            plgpu.commit_smem()
-            meet(barrier)
-            within = agreed(1, [row + end for row in range(0, 64, 16) for end in (0, 15)])
-            note_tier(step, jnp.where(within, 2, 3))
-
-            def two_levels(i, P):
-                levels = 5 - 2 * i, 4 - 2 * i
-                bits = [level_of(n) for n in levels]
-                # Both at once where the registers allow, else one after the other.
-                of_gates = product.several(*sums(*bits)) if VB == 64 else (product.total(*x) for x in sums(*bits))
-                for n, (_, bit), tile, D in zip(levels, bits, own_tiles, of_gates, strict=True):
-                    # q in the right halves of the level's blocks and k in the left, gated from the anchor between.
-                    right = (iota(0) & (1 << n)) != 0
-                    q_or_k = where(right, load(q_own).astype(F32), load(k_own).astype(F32))
-                    tile[...] = (q_or_k * jnp.exp2(D * to_exponents(bit))).astype(BF16)
-                plgpu.commit_smem()
-                meet(barrier)
-                for n, level_tiles in zip(levels, tiles, strict=True):
-                    pairs = product.total([(x, x.T) for x in level_tiles], TILE)
-                    P = pin(where(has_all(load(tables.at[0]), LOWER | (1 << n)), pairs, P))
-                meet(barrier)
-                return P
-
-            zeros = plgpu.layout_cast(jnp.zeros(TILE, F32), WGMMA)
-            P = lax.fori_loop(0, jnp.where(within, 1, 3), two_levels, zeros)
-
-            def bounded():
-                """Blocks of 16 rows, each around its middle."""
-                e = product.total(*sums(LEVELS[3])[0]) * to_exponents(LEVELS[3][1])
-                e = where((iota(0) & 8) != 0, e, -e)
-                own_tiles[0][...] = (load(q_own).astype(F32) * jnp.exp2(e)).astype(BF16)
-                own_tiles[1][...] = (load(k_own).astype(F32) * jnp.exp2(-e)).astype(BF16)
-                plgpu.commit_smem()
-                meet(barrier)
-                pairs = product.total([(x, y.T) for x, y in zip(*tiles, strict=True)], TILE)
-                return where(has(load(tables.at[0]), LOWER_IN_16 | DIAGONAL), pairs, P)
-
-            def diagonal():
-                total = jnp.sum(load(q_own).astype(F32) * load(k_own).astype(F32), axis=1)
-                if W > 1:
-                    rows_s.at[2, w][...] = total
-                    plgpu.commit_smem()
-                    meet(barrier)
-                    total = load(rows_s.at[2, 0], ROW) + load(rows_s.at[2, 1], ROW)
-                return where(has(load(tables.at[0]), DIAGONAL), along_rows(total, TILE), P)
-
-            P = pin((lax.cond(within, bounded, diagonal) * scale).astype(BF16))
-            halves = gate_products(gates, of_gates)[1:]
-            before, after, *halves = product.several(*sums(PREFIX, SUFFIX), *halves)
-            q_own[...] = (load(q_own).astype(F32) * (jnp.exp2(before * to_exponents(PREFIX[1])) * scale)).astype(BF16)
-            k_own[...] = (load(k_own).astype(F32) * jnp.exp2(after * to_exponents(SUFFIX[1]))).astype(BF16)
-            meet(barrier)  # the tiles are read, and S_s can be written
-            return P, jnp.exp(jnp.max(halves[0], axis=1) + jnp.max(halves[1], axis=1))
-
         S = carry_in(
             None if state_g is None else load(state_g.at[b, h, own, columns], optimized=False),
             None if N == 1 else lambda n: load(own_g.at[b, g, n, own, columns], optimized=False),
@@ -377,7 +286,7 @@ def forward(
     if save_states:
         out_type += [jax.ShapeDtypeStruct((B, H, T // CHUNK), jnp.int32)]
         out_type += [jax.ShapeDtypeStruct((B, T, H, V), BF16)] * (K // 64)
-    operands = [q, k, v, log_alpha, codes(), matrices()]
+    operands = [q, k, v, log_alpha, codes(either_side=False), matrices()]
     operands += [initial_state] if has_state else []
     operands += [pieces.own, pieces.decay] if N > 1 else []
     operands += [documents] if packed else []

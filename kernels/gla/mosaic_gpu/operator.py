@@ -100,13 +100,22 @@ def _attend_backward(scale, return_final_state, interpret, residuals, cotangents
         final_gradient = rest.pop(0) if return_final_state else None
         options = {"scale": scale, "documents": rest.pop(0) if rest else None, "interpret": interpret}
         tiles = backward_tiles(q.shape, v.shape)
-        cut = own_gradients(q, do, log_alpha, pieces=tiles.segments, **options) if tiles.segments > 1 else None
+        pieces = own_gradients(q, do, log_alpha, cut=tiles.cut, **options) if tiles.cut.pieces > 1 else None
         dq, dk, dg, dv, d_initial = backward(
-            q, k, v, log_alpha, do, tiers_of_chunks, states, tiles=tiles, final_gradient=final_gradient, pieces=cut,
+            q,
+            k,
+            v,
+            log_alpha,
+            do,
+            tiers_of_chunks,
+            states,
+            tiles=tiles,
+            final_gradient=final_gradient,
+            pieces=pieces,
             **options,
         )
         G = k.shape[2]
-        return _summed(dq, q.shape[2]), _summed(dk, G), _summed(dv, G), _summed(dg, G), d_initial
+        return _summed(dq, q.shape[2]), _summed(dk, G), _summed(dv[None], G), _summed(dg, G), d_initial
 
     outputs = ["B T H K", "B T G K", "B T G V", "B T G K", "B H K V"]
     dq, dk, dv, dg, d_state = _sharded(run, names, outputs, interpret)(*arrays)
@@ -129,9 +138,9 @@ def _forward(scale, interpret, save_states, q, k, v, log_alpha, state, documents
         initial_state = rest.pop(0) if state is not None else None
         options = {"documents": rest.pop(0) if rest else None, "interpret": interpret}
         tiles = forward_tiles(q.shape, v.shape)
-        cut = own_states(k, v, log_alpha, pieces=tiles.segments, **options) if tiles.segments > 1 else None
+        pieces = own_states(k, v, log_alpha, cut=tiles.cut, **options) if tiles.cut.pieces > 1 else None
         o, final_state, states = forward(
-            q, k, v, log_alpha, scale=scale, tiles=tiles, initial_state=initial_state, pieces=cut,
+            q, k, v, log_alpha, scale=scale, tiles=tiles, initial_state=initial_state, pieces=pieces,
             save_states=save_states, **options,
         )  # fmt: skip
         return o, final_state, *states

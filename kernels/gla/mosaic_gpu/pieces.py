@@ -8,6 +8,7 @@ card.)
 The state of a chunk, S' = exp(b_63) S + (k exp(b_63 - b))^T v, has no exponent that can be positive: no tiers here.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -23,6 +24,35 @@ from .warpgroup import BF16, F32, ROW, TILE, WGMMA, Products, along_rows, load, 
 STAGES = 3
 
 
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How sequences are cut: into pieces of equal length, but for one that may be shorter: the first in the forward,
+    the last in the backward. That is the one that a lighter walk goes over before: where there are a few walks less
+    than the card can hold, it fills what they leave of the card."""
+
+    pieces: int = 1
+    shorter: int = 0  # by so many chunks, at least STAGES of which are left
+
+    def longest(self, chunks: int) -> int:
+        """Chunks of the longest piece of a sequence."""
+        return (chunks + self.shorter) // self.pieces
+
+    def shortest(self, chunks: int) -> int:
+        return self.longest(chunks) - self.shorter
+
+    def span(self, piece, chunks: int, *, shorter_last: bool):
+        """First chunk, and number of chunks, of a piece."""
+        longest = self.longest(chunks)
+        if not self.shorter:
+            return piece * longest, longest
+        if shorter_last:
+            return piece * longest, longest - jnp.where(piece == self.pieces - 1, self.shorter, 0)
+        return jnp.maximum(piece * longest - self.shorter, 0), longest - jnp.where(piece == 0, self.shorter, 0)
+
+
+WHOLE = Cut()
+
+
 class Pieces(NamedTuple):
     """What each piece but the last (backward: but the first) does to what enters it: decay * it + own."""
 
@@ -30,21 +60,21 @@ class Pieces(NamedTuple):
     decay: Float[Array, "B heads N-1 K"]
 
 
-def own_states(k, v, log_alpha, *, pieces: int, documents=None, interpret=None) -> Pieces:
+def own_states(k, v, log_alpha, *, cut: Cut, documents=None, interpret=None) -> Pieces:
     """The state that each piece but the last builds from zero.
 
-    k, log_alpha: [B, T, G, K] bf16, T a multiple of 64 * pieces, K a multiple of 64. v: [B, T, G, V] bf16.
+    k, log_alpha: [B, T, G, K] bf16, T a multiple of 64, K a multiple of 64. v: [B, T, G, V] bf16.
     documents: [B, T] int32 or None. A document that ends in a piece leaves nothing, and lets nothing through.
     """
-    return _walk(k, v, log_alpha, 1.0, pieces, documents, False, interpret)
+    return _walk(k, v, log_alpha, 1.0, cut, documents, False, interpret)
 
 
-def own_gradients(q, do, log_alpha, *, scale, pieces: int, documents=None, interpret=None) -> Pieces:
+def own_gradients(q, do, log_alpha, *, scale, cut: Cut, documents=None, interpret=None) -> Pieces:
     """The gradient that each piece but the first gives the state that enters it, where none leaves it.
 
     q: [B, T, H, K] bf16. do: [B, T, H, V] bf16. log_alpha: [B, T, G, K] bf16.
     """
-    return _walk(q, do, log_alpha, scale, pieces, documents, True, interpret)
+    return _walk(q, do, log_alpha, scale, cut, documents, True, interpret)
 
 
 def carry_in(initial, own, decay, width, count, which):
@@ -62,12 +92,12 @@ def carry_in(initial, own, decay, width, count, which):
     return lax.fori_loop(0, count, through, S)
 
 
-def _walk(x, y, log_alpha, scale, pieces, documents, reverse, interpret):
+def _walk(x, y, log_alpha, scale, cut, documents, reverse, interpret):
     """sum over rows of (x * what decays until the piece's end, or from its start)^T y."""
     (B, T, H, K), V, G = x.shape, y.shape[-1], log_alpha.shape[2]
     VB = min(V, 128)
     key_blocks, value_blocks = K // 64, V // VB
-    steps = T // CHUNK // pieces
+    pieces, chunks = cut.pieces, T // CHUNK
     packed, interpreted = documents is not None, interpret is not None
 
     def kernel(*refs):
@@ -79,7 +109,7 @@ def _walk(x, y, log_alpha, scale, pieces, documents, reverse, interpret):
 
         (vb, kb, n, h), b = split(lax.axis_index("block"), value_blocks, key_blocks, pieces - 1, H)
         g = lax.div(h, H // G)
-        first = (n + reverse) * steps
+        first, steps = cut.span(n + reverse, chunks, shorter_last=reverse)
         keys, values = pl.ds(kb * 64, 64), pl.ds(vb * VB, VB)
         product = Products(spare)
 
@@ -95,7 +125,7 @@ def _walk(x, y, log_alpha, scale, pieces, documents, reverse, interpret):
                 plgpu.copy_gmem_to_smem(documents_g.at[b, rows], documents_s.at[slot], arrived.at[slot])
 
         plgpu.copy_gmem_to_smem(sums_g, sums_s, sums_arrived)
-        for i in range(min(STAGES, steps)):
+        for i in range(min(STAGES, cut.shortest(chunks))):
             fetch(i)
         plgpu.barrier_wait(sums_arrived)
 

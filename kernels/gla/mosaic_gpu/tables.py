@@ -38,8 +38,8 @@ MIDDLE, FIRST, SECOND = 0, 64, 72
 MATRIX_ROWS = 80
 
 
-def codes() -> jax.Array:
-    """The two tables, [2, 64, 64] int16; table 0 also has the bits of pairs."""
+def codes(either_side: bool = True) -> jax.Array:
+    """The two tables, [2, 64, 64] int16; table 0 also has the bits of pairs, those of levels for i < t too or not."""
     i, t = jnp.arange(64)[:, None], jnp.arange(64)[None]
     apart = i ^ t
 
@@ -47,7 +47,8 @@ def codes() -> jax.Array:
         return (apart < 1 << n) & jnp.where((i >> n) & 1 == 1, t <= i, t > i)
 
     matrices = {**{where: level(n) for n, where in LEVELS.items()}, PREFIX: t <= i, SUFFIX: t > i}
-    pairs = {1 << n: (apart >> n) == 1 for n in range(6)} | {DIAGONAL: i == t, LOWER: i > t, UPPER: i < t}
+    pairs = {1 << n: ((apart >> n) == 1) & (either_side | (i > t)) for n in range(6)}
+    pairs |= {DIAGONAL: i == t, LOWER: i > t, UPPER: i < t}
     pairs |= {LOWER_IN_16: (i > t) & (apart < 16), UPPER_IN_16: (i < t) & (apart < 16)}
     tables = [sum(jnp.where(set_, bit, 0) for bit, set_ in pairs.items()), jnp.zeros((64, 64), jnp.int32)]
     for (table, bit), set_ in matrices.items():

@@ -3,9 +3,11 @@
 from .anchors import CHUNK
 from .backward import BackwardTiles
 from .forward import ForwardTiles
+from .pieces import WHOLE, Cut
 from .wide import WideTiles
 
 MULTIPROCESSORS = 132  # of an H100 or H200
+SHORTEST = 8  # chunks of a piece of a sequence
 
 
 def padded_widths(key_width: int, value_width: int) -> tuple[int, int]:
@@ -33,26 +35,34 @@ def forward_tiles(q_shape, v_shape) -> ForwardTiles:
     """All keys and up to 128 values per block of threads."""
     (B, T, H, K), V = q_shape, v_shape[-1]
     block = min(V, 128)
-    return ForwardTiles(block, warpgroups=K // 64, segments=_pieces(B * H * (V // block), T, K, block, lighter=0.4))
+    return ForwardTiles(block, warpgroups=K // 64, cut=_cut(B * H * (V // block), T, K, block, lighter=0.4))
 
 
 def backward_tiles(q_shape, v_shape) -> BackwardTiles:
     """All keys and up to 128 values per block of threads: as much of a state and its gradient as it holds."""
     (B, T, H, K), V = q_shape, v_shape[-1]
     block = min(V, 128)
-    return BackwardTiles(K, block, segments=_pieces(B * H * (V // block), T, K, block, lighter=0.14))
+    return BackwardTiles(block, warpgroups=K // 64, cut=_cut(B * H * (V // block), T, K, block, lighter=0.14))
 
 
-def _pieces(walks: int, length: int, keys: int, values: int, *, lighter: float) -> int:
-    """Into how many pieces to cut sequences, so that the card is full: what leaves the fewest chunks to follow each
-    other, counting the walk for states, which takes `lighter` of a walk's time per chunk."""
+def _cut(walks: int, length: int, keys: int, values: int, *, lighter: float) -> Cut:
+    """The cut that leaves the fewest chunks to follow each other on the card, counting the walk for states, which takes
+    `lighter` of a walk's time per chunk. More pieces only where they leave 5% fewer."""
     at_once = MULTIPROCESSORS * (2 if keys == values == 64 else 1)
     chunks = length // CHUNK
-    pieces, best, fewest = 2, 1, -(-walks // at_once) * chunks
-    while chunks % pieces == 0 and chunks // pieces >= 8:
+    cuts = {WHOLE: -(-walks // at_once) * chunks}
+    if walks < at_once:
+        # Long pieces first, one for each walk; the short ones follow each other where there is room beside them.
+        short = chunks // (1 + -(-walks // (at_once - walks)))
+        if short >= SHORTEST:
+            cuts[Cut(2, shorter=chunks - 2 * short)] = chunks - short + lighter * short
+    pieces = 2
+    while chunks % pieces == 0 and chunks // pieces >= SHORTEST:
         states = lighter * max(walks * chunks / at_once, chunks / pieces)
-        steps = -(-walks * pieces // at_once) * (chunks // pieces) + states
-        if steps < 0.95 * fewest:
-            best, fewest = pieces, steps
+        cuts[Cut(pieces)] = -(-walks * pieces // at_once) * (chunks // pieces) + states
         pieces *= 2
+    best = WHOLE
+    for cut, steps in cuts.items():
+        if steps < 0.95 * cuts[best]:
+            best = cut
     return best

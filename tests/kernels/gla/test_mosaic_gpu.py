@@ -13,7 +13,8 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels.gla import mosaic_gpu
-from kernels.gla.mosaic_gpu import forward, operator, wide_operator
+from kernels.gla.mosaic_gpu import forward, forward_tiers, operator, wide_operator
+from kernels.gla.mosaic_gpu.pieces import Cut
 from kernels.gla.mosaic_gpu.wide import WideTiles
 
 pytestmark = [
@@ -31,6 +32,7 @@ SHAPES = {
     "two key blocks": (1, 66, 1, 1, 256, 64, False, True, "bfloat16"),
     "float16": (2, 64, 1, 1, 48, 80, True, False, "float16"),
     "many chunks of a wide head": (1, 330, 1, 1, 128, 256, False, False, "bfloat16"),
+    "eight chunks": (1, 500, 1, 1, 64, 64, True, True, "bfloat16"),
     "token": (1, 1, 1, 1, 16, 16, False, True, "bfloat16"),
 }
 
@@ -124,14 +126,21 @@ def test_outputs_and_gradients(gla, run, shape, gates, segments):
     gla.check(expected_of, outputs, "bfloat16")
 
 
-@pytest.mark.parametrize("gates, segments", [("mild", "one"), ("wild", "sorted")])
-def test_sequence_in_two_pieces(gla, run, monkeypatch, gates, segments):
+@pytest.mark.parametrize(
+    "shape, cut, gates, segments",
+    [
+        ("grouped", Cut(2), "mild", "one"),
+        ("grouped", Cut(2), "wild", "sorted"),
+        ("eight chunks", Cut(2, shorter=2), "wild", "sorted"),
+    ],
+)
+def test_sequence_in_two_pieces(gla, run, monkeypatch, shape, cut, gates, segments):
     """As few heads with long sequences are walked."""
     for name in ("forward_tiles", "backward_tiles"):
         tiles = getattr(operator, name)
-        cut = lambda *shapes, tiles=tiles: dataclasses.replace(tiles(*shapes), segments=2)  # noqa: E731
-        monkeypatch.setattr(operator, name, cut)
-    inputs = make_inputs(gla, "grouped", gates, segments)
+        in_two = lambda *shapes, tiles=tiles: dataclasses.replace(tiles(*shapes), cut=cut)  # noqa: E731
+        monkeypatch.setattr(operator, name, in_two)
+    inputs = make_inputs(gla, shape, gates, segments)
     gla.check(inputs, run(inputs, pieces=2), "bfloat16")
 
 
@@ -201,7 +210,8 @@ def test_same_bits_twice(gla, run):
 
 def test_the_detector_sees_a_race(gla, monkeypatch, capfd):
     """Without the meeting points of its two warpgroups the forward walk races: what the other tests would report."""
-    monkeypatch.setattr(forward, "meet", lambda barrier: None)
+    for module in (forward, forward_tiers):
+        monkeypatch.setattr(module, "meet", lambda barrier: None)
     inputs = make_inputs(gla, "two warpgroups")
     call = functools.partial(mosaic_gpu.gated_linear_attention, scale=1.0, interpret=INTERPRET)
     jax.block_until_ready(jax.jit(call)(inputs.q, inputs.k, inputs.v, inputs.log_alpha))

@@ -108,12 +108,13 @@ def compile_for_h200(shape, everything=False):
 
 def distinct_kernels():
     """Of the shapes, those with kernels of their own: B, T, H, and how many blocks and pieces, are numbers in them."""
+    from kernels.gla.mosaic_gpu.pieces import WHOLE
     from kernels.gla.mosaic_gpu.tiles import backward_tiles, forward_tiles, is_wide, wide_tiles
 
     cases = {}
     for name, (B, T, H, K, V) in SHAPES.items():
         q, v = (B, T, H, K), (B, T, H, V)
-        tiles = (dataclasses.replace(of(q, v), segments=1) for of in (forward_tiles, backward_tiles))
+        tiles = (dataclasses.replace(of(q, v), cut=WHOLE) for of in (forward_tiles, backward_tiles))
         cut = wide_tiles(q, v).pieces > 1
         cases.setdefault((K, V, cut) if is_wide(K, V) else (K, *tiles), name)
     return list(cases.values())

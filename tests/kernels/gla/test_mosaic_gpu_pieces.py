@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.gla.mosaic_gpu.pieces import own_gradients, own_states
+from kernels.gla.mosaic_gpu.pieces import WHOLE, Cut, own_gradients, own_states
 from kernels.gla.mosaic_gpu.tiles import backward_tiles, forward_tiles
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the interpreter runs on CPU")
@@ -40,7 +40,7 @@ def check(got, want):
 
 def test_own_states(case, capfd):
     x, documents = case
-    got = own_states(x["k"], x["v"], x["log_alpha"], pieces=N, documents=documents, interpret=INTERPRET)
+    got = own_states(x["k"], x["v"], x["log_alpha"], cut=Cut(N), documents=documents, interpret=INTERPRET)
     k, v, g = (np.asarray(x[name][0, :, 0], np.float64) for name in ("k", "v", "log_alpha"))
     ids = np.zeros(N * LENGTH) if documents is None else documents[0]
     for n in range(N - 1):
@@ -57,7 +57,7 @@ def test_own_states(case, capfd):
 def test_own_gradients(case, capfd):
     x, documents = case
     got = own_gradients(
-        x["q"], x["do"], x["log_alpha"], scale=0.5, pieces=N, documents=documents, interpret=INTERPRET
+        x["q"], x["do"], x["log_alpha"], scale=0.5, cut=Cut(N), documents=documents, interpret=INTERPRET
     )
     g = np.asarray(x["log_alpha"][0, :, 0], np.float64)
     ids = np.zeros(N * LENGTH) if documents is None else documents[0]
@@ -76,7 +76,23 @@ def test_own_gradients(case, capfd):
 
 
 def test_few_walks_are_cut_and_many_are_not():
-    assert forward_tiles((1, 32768, 4, 128), (1, 32768, 4, 128)).segments == 32
-    assert backward_tiles((1, 32768, 4, 128), (1, 32768, 4, 128)).segments == 32
-    assert forward_tiles((32, 2048, 16, 64), (32, 2048, 16, 64)).segments == 1
-    assert forward_tiles((1, 64, 1, 64), (1, 64, 1, 64)).segments == 1
+    assert forward_tiles((1, 32768, 4, 128), (1, 32768, 4, 128)).cut == Cut(32)
+    assert backward_tiles((1, 32768, 4, 128), (1, 32768, 4, 128)).cut == Cut(32)
+    assert forward_tiles((32, 2048, 16, 64), (32, 2048, 16, 64)).cut == WHOLE
+    assert forward_tiles((1, 64, 1, 64), (1, 64, 1, 64)).cut == WHOLE
+
+
+def test_short_pieces_fill_what_walks_leave_of_the_card():
+    """96 of 132 multiprocessors have a walk: three short pieces follow each other on each of the others."""
+    assert forward_tiles((1, 8192, 96, 128), (1, 8192, 96, 128)).cut == Cut(2, shorter=64)
+    assert backward_tiles((1, 8192, 96, 128), (1, 8192, 96, 128)).cut == Cut(2, shorter=64)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_pieces_follow_each_other(last):
+    cut, chunks, at = Cut(3, shorter=2), 13, 0
+    for piece in range(3):
+        first, count = (int(x) for x in cut.span(jnp.int32(piece), chunks, shorter_last=last))
+        assert first == at and count == (3 if piece == (2 if last else 0) else 5)
+        at += count
+    assert at == chunks

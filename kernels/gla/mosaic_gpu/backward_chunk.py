@@ -1,0 +1,80 @@
+"""What the backward has of a chunk: its tiles in shared memory and its place in device memory."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from .anchors import CHUNK
+from .pieces import Cut
+from .tables import MIDDLE, matrix, to_exponents
+from .warpgroup import TILE, Products, load, split
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """What stays over a walk of a block of threads, for one of its warpgroups."""
+
+    tiles: dict[str, Any]  # shared memory
+    zero_s: Any  # [1] int32, a zero
+    rows_s: Any  # [2, warpgroups, 64] float32
+    product: Products
+    barrier: Any
+    warpgroup: jax.Array
+    warpgroups: int
+    value_blocks: int
+    value_block: int
+    heads: int
+    group: int  # query heads of a group
+    batch: int
+    chunks: int  # of a sequence
+    cut: Cut
+
+    def at(self, step) -> "Chunk":
+        return Chunk(self, step)
+
+
+class Chunk:
+    """Chunk `step` of the walk's piece.
+
+    Each `Chunk` indexes everything by a zero read from shared memory, which the compiler cannot see through. It would
+    otherwise compute all addresses once, before the loop over chunks, and fill the registers with them; a fresh `Chunk`
+    ends the life of the last one's.
+    """
+
+    def __init__(self, walk: Walk, step):
+        zero, w = walk.zero_s[0], walk.warpgroup
+        index = lax.axis_index("block") + zero
+        (self.vb, self.h, self.b), self.piece = split(index, walk.value_blocks, walk.heads, walk.batch)
+        self.g = lax.div(self.h, walk.group)
+        self.first, self.steps = walk.cut.span(self.piece, walk.chunks, shorter_last=True)
+        self.chunk = self.first + step
+        self.rows = pl.ds(self.chunk * CHUNK, CHUNK)
+        self.values = pl.ds(self.vb * walk.value_block, walk.value_block)
+        self.own = pl.ds(w * 64, 64)  # this warpgroup's key channels
+        tiles = {name: ref.at[zero] for name, ref in walk.tiles.items()}
+        self.q, self.k, self.v, self.do = (tiles[name] for name in ("q", "k", "v", "do"))
+        self.S, self.dS, self.codes, self.matrices = (tiles[name] for name in ("S", "dS", "codes", "matrices"))
+        self.q_own, self.k_own, self.gates = self.q.at[:, self.own], self.k.at[:, self.own], tiles["g"]
+        self.g_own, self.S_own, self.dS_own = self.gates.at[w], self.S.at[self.own], self.dS.at[self.own]
+        self.out_q, self.out_k, self.limb = (tiles["out"].at[w, n] for n in range(3))
+        self.out_q_of = [tiles["out"].at[j, 0] for j in range(walk.warpgroups)]
+        self.product = walk.product
+
+    def pairs(self) -> jax.Array:
+        return load(self.codes.at[0])
+
+    def exponents(self, table, bit) -> jax.Array:
+        """Sums of gates, in log2: those that `bit` says."""
+        return self.product(matrix(self.codes, table, bit), self.g_own, TILE) * to_exponents(bit)
+
+    def around_middle(self) -> jax.Array:
+        return self.product(self.matrices.at[pl.ds(MIDDLE, 64)], self.g_own, TILE)
+
+    def totals(self, start) -> jax.Array:
+        """exp of the gates summed over one half of the chunk, per key channel of this warpgroup. [64]."""
+        sums = self.product(self.g_own.T, self.matrices.at[pl.ds(start, 8)].T, (64, 8))
+        return jnp.exp(jnp.max(sums, axis=1))
