@@ -146,7 +146,8 @@ def advance(
 
     def step(carry):
         index, tokens, decoding = carry
-        key, draw = jax.random.split(decoding.key)
+        greedy = sampling.temperature == 0  # draws nothing
+        key, draw = (decoding.key, decoding.key) if greedy else jax.random.split(decoding.key)
         token = sample(decoding.logits, draw, sampling)
         done = decoding.done
         if stop_token is not None:

@@ -16,6 +16,7 @@ from glax.errors import UserError
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+BLOCK_BYTES = 2**18
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -35,11 +36,13 @@ class TensorFiles:
             weight_map, paths = None, [SINGLE]
         else:
             raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}: give the folder of a Hub checkpoint")
-        self._files, self._where = {}, {}
-        for name in paths:
-            self._files[name] = _opened(folder / name, [t for t, f in (weight_map or {}).items() if f == name])
+        self._files, self._where, self._offsets = {}, {}, {}
+        self._paths = {name: folder / name for name in paths}
+        for name, path in self._paths.items():
+            self._files[name] = _opened(path, [t for t, f in (weight_map or {}).items() if f == name])
             for tensor in self._files[name].keys():  # noqa: SIM118
                 self._where[tensor] = name
+            self._offsets |= _offsets(path)
         for tensor, name in (weight_map or {}).items():
             if self._where.get(tensor) != name:
                 raise UserError(f"{INDEX} says that {tensor} is in {name}, which does not have it: fetch it again")
@@ -50,9 +53,28 @@ class TensorFiles:
             if view.get_dtype() not in DTYPES:
                 raise UserError(f"{tensor} has dtype {view.get_dtype()}: only {', '.join(DTYPES)} can be read")
 
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Part of a tensor, in its own dtype; nothing else is read."""
-        return self._view(name)[index]
+    def read(self, name: str, bounds: Sequence[tuple[int, int]], memory: np.ndarray) -> np.ndarray:
+        """Part of a tensor, from and to which index of each axis, in its own dtype.
+
+        It lies in ``memory``, bytes, and takes no more but for one row or ``BLOCK_BYTES``.
+        """
+        shape, dtype = self.shapes[name], self.dtype(name)
+        sizes = [stop - start for start, stop in bounds]
+        out = memory[: math.prod(sizes) * dtype.itemsize].view(dtype).reshape(sizes)
+        (first, stop), *rest = bounds
+        row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        with open(self._paths[self._where[name]], "rb", buffering=0) as file:
+            file.seek(self._offsets[name] + first * row_bytes)
+            if out.size * dtype.itemsize == (stop - first) * row_bytes:
+                _fill(file, out, name)
+                return out
+            rows = max(1, BLOCK_BYTES // row_bytes)
+            block = np.empty((rows, *shape[1:]), dtype)
+            for start in range(0, stop - first, rows):
+                here = block[: stop - first - start]
+                _fill(file, here, name)
+                out[start : start + rows] = here[(slice(None), *(slice(a, b) for a, b in rest))]
+        return out
 
     def dtype(self, name: str) -> np.dtype:
         return DTYPES[self._view(name).get_dtype()]
@@ -78,15 +100,34 @@ def _opened(path, wanted):
         raise UserError(f"{path} cannot be read: {_cut_tensor(path) or error}; fetch it again") from error
 
 
+def _header(path) -> tuple[int, dict[str, tuple[int, int]]]:
+    """Where a file's tensors begin, and from there the first byte of each and the one after its last."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    return 8 + length, {name: tuple(item["data_offsets"]) for name, item in header.items() if name != "__metadata__"}
+
+
+def _offsets(path) -> dict[str, int]:
+    start, ranges = _header(path)
+    return {name: start + first for name, (first, _) in ranges.items()}
+
+
+def _fill(file, array: np.ndarray, name: str) -> None:
+    into = memoryview(array.reshape(-1).view(np.uint8))
+    while into:
+        count = file.readinto(into)
+        if not count:
+            raise UserError(f"{file.name} was cut short while {name} was read: fetch it again")
+        into = into[count:]
+
+
 def _cut_tensor(path) -> str | None:
     """Which tensor a file that is too short lacks, if its header is whole."""
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-            there = path.stat().st_size - 8 - length
-        cut = [(item["data_offsets"], name) for name, item in header.items() if name != "__metadata__"]
-        (_, end), name = min((offsets, name) for offsets, name in cut if offsets[1] > there)
+        start, ranges = _header(path)
+        there = path.stat().st_size - start
+        (_, end), name = min((ends, name) for name, ends in ranges.items() if ends[1] > there)
     except (OSError, ValueError, KeyError, TypeError, struct.error):
         return None
     return f"{name} is cut short, {end - there} bytes are missing"
@@ -143,6 +184,7 @@ def _write_file(path, group, dtype, size, value, writes) -> None:
                 for rows in value(name):
                     written += rows.size
                     file.write(np.ascontiguousarray(rows, dtype).view(np.uint8).data)
+                    del rows  # before there are the next ones
                 if written != math.prod(shape):
                     raise AssertionError(f"{name} has {written} elements for the shape {shape}")
         if writes:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 
 import jax
@@ -34,7 +35,8 @@ def load_model(
     """The model of a checkpoint in the Hub's format.
 
     Under a mesh with rules for the logical axes (``glax.training.sharding.use_mesh``) every parameter goes straight
-    into its shards: a process reads only the parts that its devices hold. No two tensors are in host memory at once.
+    into its shards: a process reads only the parts that its devices hold. Host memory has
+    one such part at a time: what it takes is the largest of them.
 
     Args:
       source: a folder with config.json and safetensors, or OWNER/NAME on the Hub (with glax[hub]).
@@ -58,16 +60,15 @@ def load_model(
     dtype = jnp.dtype(dtype)
 
     parameters: dict[str, jax.Array] = {}
+    memory = np.empty(_largest(files, wanted), np.uint8)
     for tensor in wanted:
-        value = _read(files, tensor)
+        value = _read(files, tensor, memory)
         if tensor.layer is None:
             parameters[tensor.path] = _placed(value, tensor.turn, dtype, _sharding(tensor.our_axes))
         else:
             if tensor.path not in parameters:
                 parameters[tensor.path] = _empty(config, tensor, dtype)
             parameters[tensor.path] = _inserted(parameters[tensor.path], value, tensor.turn, tensor.layer)
-        # Copies to a device go on behind our back, and keep what they copy.
-        jax.block_until_ready(parameters[tensor.path])
         del value
     return _model(config, parameters)
 
@@ -92,25 +93,41 @@ def _sharding(axes):
     return SingleDeviceSharding(jax.devices()[0]) if mesh.empty else NamedSharding(mesh, partition(axes))
 
 
-def _read(files: TensorFiles, tensor: Tensor) -> jax.Array:
-    """The tensor as the checkpoint has it, on the devices; each part of it is read once."""
-    first = 0 if tensor.rows is None else tensor.rows[0]
-
-    @functools.lru_cache(maxsize=1)
-    def part(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
-        (start, stop), *rest = bounds
-        return files.read(tensor.name, (slice(start + first, stop + first), *(slice(a, b) for a, b in rest)))
-
-    def wanted(index):
-        return part(tuple(s.indices(size)[:2] for s, size in zip(index, tensor.part, strict=True)))
-
-    sharding = _sharding(tensor.axes)
-    for axis, size in zip(sharding.spec if isinstance(sharding, NamedSharding) else (), tensor.part, strict=False):
+def _parts(tensor: Tensor, sharding) -> dict[tuple[tuple[int, int], ...], list[jax.Device]]:
+    """From and to which index of each axis the devices of this process hold the tensor's rows."""
+    spec = sharding.spec if isinstance(sharding, NamedSharding) else ()
+    for axis, size in zip(spec, tensor.part, strict=False):
         names = () if axis is None else (axis,) if isinstance(axis, str) else axis
-        count = int(np.prod([sharding.mesh.shape[name] for name in names]))
+        count = math.prod(sharding.mesh.shape[name] for name in names)
         if size % count:
             raise UserError(f"the mesh cuts {tensor.name}, of {size}, into {count} parts: use a divisor")
-    return jax.make_array_from_callback(tensor.part, sharding, wanted)
+    parts = {}
+    for device, index in sharding.addressable_devices_indices_map(tensor.part).items():
+        bounds = tuple(s.indices(size)[:2] for s, size in zip(index, tensor.part, strict=True))
+        parts.setdefault(bounds, []).append(device)
+    return parts
+
+
+def _largest(files: TensorFiles, wanted: list[Tensor]) -> int:
+    """Bytes of the largest part of a tensor that a device holds."""
+    return max(
+        math.prod(stop - start for start, stop in bounds) * files.dtype(tensor.name).itemsize
+        for tensor in wanted
+        for bounds in _parts(tensor, _sharding(tensor.axes))
+    )
+
+
+def _read(files: TensorFiles, tensor: Tensor, memory: np.ndarray) -> jax.Array:
+    """The tensor as the checkpoint has it, on the devices; each part of it is read once, into ``memory``."""
+    sharding = _sharding(tensor.axes)
+    first = 0 if tensor.rows is None else tensor.rows[0]
+    shards = []
+    for ((start, stop), *rest), devices in _parts(tensor, sharding).items():
+        part = files.read(tensor.name, [(start + first, stop + first), *rest], memory)
+        # Copied once there, since a CPU's array may be this memory itself, which is the next part's.
+        there = [jax.device_put(part, device) for device in devices]
+        shards += jax.block_until_ready([jax.device_put(x, x.device, may_alias=False) for x in there])
+    return jax.make_array_from_single_device_arrays(tensor.part, sharding, shards)
 
 
 def _placed(value, turn, dtype, sharding):
