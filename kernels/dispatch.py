@@ -60,6 +60,14 @@ def platform_of(x) -> str:
     return getattr(device, "platform", device) or jax.default_backend()
 
 
+def compute_capability() -> str | None:
+    """Such as "9.0": of the mesh in use, whose GPUs need not be here (a compilation for others), or of this machine's."""
+    target = jax.sharding.get_abstract_mesh().abstract_device
+    if target is not None and any(name in target.device_kind for name in ("H100", "H200", "GH200")):
+        return "9.0"
+    return getattr(jax.devices("gpu")[0], "compute_capability", None)
+
+
 def checked_scale(scale, key_width: int) -> float:
     """K^-0.5 for None, else a finite Python number as a float."""
     if scale is None:

@@ -24,6 +24,7 @@ def sequence_axis() -> str | None:
     return axis if axis is not None and not mesh.empty and mesh.shape[axis] > 1 else None
 
 
+@jax.named_scope("operator")
 def linear_attention(
     operator: Callable,
     q: Float[Array, "B T H K"],
@@ -53,6 +54,7 @@ def linear_attention(
     return run(q, k, v, log_decay, initial_state, segment_ids)
 
 
+@jax.named_scope("operator")
 def state_space(
     x: Float[Array, "B T E"],
     dt: Float[Array, "B T E"],

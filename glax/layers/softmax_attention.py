@@ -135,6 +135,7 @@ class SoftmaxAttention(nnx.Module):
         )
         return rotate(q, positions, self.rope_base), rotate(k, positions, self.rope_base), v
 
+    @jax.named_scope("operator")
     def _attend_causally(self, q, k, v, segments):
         if sequence_axis() is not None:
             return softmax_attention(q, k, v, segments=segments, window=self.window)

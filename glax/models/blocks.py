@@ -1,11 +1,13 @@
 """One block of the model, and equal blocks in a scan."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.core import spmd
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from glax.layers import (
@@ -128,14 +130,14 @@ class Block(nnx.Module):
         lengths: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """All tokens at once; see the mixers for the arguments."""
-        if self.remat == "none":
-            return self._forward(x, segment_ids, state, lengths)
-        # In a scan the compiler cannot merge the second computation with the first, so it needs no barrier against it.
-        forward = jax.checkpoint(Block._forward, policy=SAVED[self.remat], prevent_cse=not self.scanned)
-        return forward(self, x, segment_ids, state, lengths)
+        rules = tuple(spmd.get_logical_axis_rules())  # what is traced depends on them
+        return _run(rules, self, x, segment_ids, state, lengths)
 
     def _forward(self, x, segment_ids, state, lengths):
-        mixed, state = self.mixer(self.mixer_norm(x), segment_ids=segment_ids, state=state, lengths=lengths)
+        with jax.named_scope("norm"):
+            normed = self.mixer_norm(x)
+        with jax.named_scope("mixer"):
+            mixed, state = self.mixer(normed, segment_ids=segment_ids, state=state, lengths=lengths)
         x = self._add_mlp(x + mixed)
         return constrain(x, "batch", "length", None), state
 
@@ -152,7 +154,21 @@ class Block(nnx.Module):
         return self.mixer.flops_per_token(length)
 
     def _add_mlp(self, x):
-        return x if self.mlp is None else x + self.mlp(self.mlp_norm(x))
+        if self.mlp is None:
+            return x
+        with jax.named_scope("norm"):
+            normed = self.mlp_norm(x)
+        with jax.named_scope("mlp"):
+            return x + self.mlp(normed)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(rules: tuple, block: Block, *arguments):
+    """A block's forward pass. Equal blocks are traced, differentiated and lowered once, however many there are."""
+    if block.remat == "none":
+        return block._forward(*arguments)
+    # In a scan the compiler cannot merge the second computation with the first, so it needs no barrier against it.
+    return jax.checkpoint(Block._forward, policy=SAVED[block.remat], prevent_cse=not block.scanned)(block, *arguments)
 
 
 class Stack(nnx.Module):

@@ -26,7 +26,8 @@ def summed_loss(model: LanguageModel, batch: Batch) -> Float[Array, ""]:
     # Gathered over fsdp here, once, and not in each of the cross entropy's blocks.
     unembedding = jax.lax.with_sharding_constraint(model.unembedding(), PartitionSpec(None, "tensor"))
     hidden, targets, weights = (_all_tokens(x) for x in (hidden, batch["targets"], batch["weights"]))
-    return jnp.sum(softmax_cross_entropy(hidden, unembedding, targets) * weights)
+    with jax.named_scope("loss"):
+        return jnp.sum(softmax_cross_entropy(hidden, unembedding, targets) * weights)
 
 
 def _all_tokens(x: Array) -> Array:
@@ -87,15 +88,15 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         loss, gradients = loss_and_gradients(plan, state.params, batch, microbatches)
-        norm = optax.tree.norm(gradients)
         rate = learning_rate(state.step, config.optimizer, config.steps)
-        updates, opt_state = plan.optimizer.update(gradients, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
-        )
+        with jax.named_scope("optimizer"):
+            norm = optax.tree.norm(gradients)
+            updates, opt_state = plan.optimizer.update(gradients, state.opt_state, state.params)
+            params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+            finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+            params, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+            )
         skipped = jnp.where(finite, 0, 1)
         state = TrainState(
             params=params,

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from ...dispatch import compute_capability
 from ..partition import shard_over_batch_and_heads
 from .anchors import CHUNK
 from .backward import backward
@@ -29,18 +30,10 @@ def unsupported(q, k, v, log_alpha, *, initial_state, segment_ids, return_final_
         return (
             f"q is on platform {platform!r}; the Hopper kernels run on NVIDIA GPUs of compute capability {CAPABILITY}"
         )
-    capability = _capability()
+    capability = compute_capability()
     if capability != CAPABILITY:
         return f"the GPU has compute capability {capability}; the Hopper kernels are compiled for {CAPABILITY}"
     return None
-
-
-def _capability() -> str | None:
-    """Of the mesh in use, whose GPUs need not be here (a compilation for others), or of this machine's."""
-    target = jax.sharding.get_abstract_mesh().abstract_device
-    if target is not None and any(name in target.device_kind for name in ("H100", "H200", "GH200")):
-        return "9.0"
-    return getattr(jax.devices("gpu")[0], "compute_capability", None)
 
 
 def gated_linear_attention(

@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from ...dispatch import compute_capability
 from ...gla.partition import shard_over_batch_and_heads
 from ...gla.recurrence import segment_starts
 from .walk import CHUNK, walk
@@ -33,7 +34,7 @@ def unsupported(q, k, v, log_gamma, *, initial_state, segment_ids, return_final_
         return (
             f"q is on platform {platform!r}; the Hopper kernels run on NVIDIA GPUs of compute capability {CAPABILITY}"
         )
-    capability = getattr(jax.devices("gpu")[0], "compute_capability", None)
+    capability = compute_capability()
     if capability != CAPABILITY:
         return f"the GPU has compute capability {capability}; the Hopper kernels are compiled for {CAPABILITY}"
     return None
