@@ -61,7 +61,7 @@ def platform_of(x) -> str:
 
 
 def compute_capability() -> str | None:
-    """Such as "9.0": of the mesh in use, whose GPUs need not be here (a compilation for others), or of this machine's."""
+    """Such as "9.0": of the mesh in use, whose GPUs need not be here (a compilation for others), or of this machine."""
     target = jax.sharding.get_abstract_mesh().abstract_device
     if target is not None and any(name in target.device_kind for name in ("H100", "H200", "GH200")):
         return "9.0"

@@ -17,7 +17,7 @@ from glax.errors import UserError
 from glax.models import Decoder, LanguageModel, ModelConfig
 
 # Fields of a config that change neither what a model computes nor what its state is.
-INDIFFERENT = ("remat", "scan_layers", "implementation", "initializer_range")
+INDIFFERENT = ("remat", "scan_layers", "unroll_layers", "implementation", "initializer_range")
 
 
 def save_state(path: str | Path, model: LanguageModel | Decoder, state: list[Any]) -> None:

@@ -20,6 +20,7 @@ from glax.layers import (
     constrain,
 )
 from glax.models.config import ModelConfig
+from kernels.dispatch import platform_of
 
 
 def _gated_linear_attention(config: ModelConfig, rngs: nnx.Rngs) -> GatedLinearAttention:
@@ -119,7 +120,6 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, **norm) if has_mlp else None
         self.mlp = SwiGLU(config.hidden_size, config.mlp_width, **mlp) if has_mlp else None
         self.remat = config.remat
-        self.scanned = config.scan_layers
 
     def __call__(
         self,
@@ -128,10 +128,11 @@ class Block(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         state: Any = None,
         lengths: Int[Array, "B"] | None = None,
+        scanned: bool = False,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """All tokens at once; see the mixers for the arguments."""
+        """All tokens at once; see the mixers for the arguments. ``scanned``: this is the body of a scan."""
         rules = tuple(spmd.get_logical_axis_rules())  # what is traced depends on them
-        return _run(rules, self, x, segment_ids, state, lengths)
+        return _run(rules, scanned, self, x, segment_ids, state, lengths)
 
     def _forward(self, x, segment_ids, state, lengths):
         with jax.named_scope("norm"):
@@ -162,29 +163,48 @@ class Block(nnx.Module):
             return x + self.mlp(normed)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _run(rules: tuple, block: Block, *arguments):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(rules: tuple, scanned: bool, block: Block, *arguments):
     """A block's forward pass. Equal blocks are traced, differentiated and lowered once, however many there are."""
     if block.remat == "none":
         return block._forward(*arguments)
     # In a scan the compiler cannot merge the second computation with the first, so it needs no barrier against it.
-    return jax.checkpoint(Block._forward, policy=SAVED[block.remat], prevent_cse=not block.scanned)(block, *arguments)
+    return jax.checkpoint(Block._forward, policy=SAVED[block.remat], prevent_cse=not scanned)(block, *arguments)
 
 
 class Stack(nnx.Module):
-    """Equal blocks, one after the other, as one scan: parameters and states have a leading axis of layers."""
+    """Equal blocks, one after the other: parameters and states have a leading axis of layers.
 
-    def __init__(self, make: Callable[[PRNGKeyArray], Block], keys: Key[Array, "layers"]):
+    As one scan it compiles once for all layers, but what the backward pass needs is copied into stacks of all layers
+    and out again; ``unroll`` leaves the blocks one by one to the compiler. None: on one GPU, and where no state is
+    carried on.
+    """
+
+    def __init__(self, make: Callable[[PRNGKeyArray], Block], keys: Key[Array, "layers"], *, unroll: bool | None):
         stacked = jax.vmap(make)(keys)
         self.block = nnx.spmd.add_axis(stacked, 0, {nnx.PARTITION_NAME: "layers"})
         self.count = len(keys)
+        self.unroll = unroll
 
     def __call__(self, x, *, segment_ids=None, state=None, lengths=None):
+        if self._unrolled(x, state):
+            after = []
+            for block, before in zip(unstacked(self.block, self.count), unstacked(state, self.count), strict=True):
+                x, new = block(x, segment_ids=segment_ids, state=before, lengths=lengths)
+                after.append(new)
+            return x, jax.tree.map(lambda *layers: jnp.stack(layers), *after)
+
         def layer(x, block_and_state):
             block, state = block_and_state
-            return block(x, segment_ids=segment_ids, state=state, lengths=lengths)
+            return block(x, segment_ids=segment_ids, state=state, lengths=lengths, scanned=True)
 
         return jax.lax.scan(layer, x, (self.block, state))
+
+    def _unrolled(self, x, state) -> bool:
+        if self.unroll is not None:
+            return self.unroll
+        mesh = jax.sharding.get_abstract_mesh()
+        return state is None and platform_of(x) == "gpu" and (mesh.empty or mesh.size == 1)
 
     def init_state(self, batch: int, max_length: int | None) -> Any:
         state = self.block.init_state(batch, max_length)
@@ -199,4 +219,6 @@ class Stack(nnx.Module):
 
 def unstacked(tree: Any, count: int) -> list[Any]:
     """The parameters, or the states, of each layer of a ``Stack``."""
-    return [jax.tree.map(lambda leaf, index=index: leaf[index], tree) for index in range(count)]
+    leaves, structure = jax.tree.flatten(tree)
+    layers = [jnp.unstack(leaf) for leaf in leaves]
+    return [jax.tree.unflatten(structure, [leaf[index] for leaf in layers]) for index in range(count)]

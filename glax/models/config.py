@@ -103,7 +103,11 @@ class ModelConfig:
     products and its token mixing."""
 
     scan_layers: bool = True
-    """Stack the parameters of equal blocks and scan over them: compiles once for all. False: one by one."""
+    """Stack the parameters of equal blocks. False: each its own."""
+
+    unroll_layers: bool | None = None
+    """Run stacked blocks one by one, which is faster and needs less memory than a scan over them, but compiles longer.
+    None: where a step runs on one GPU."""
 
     implementation: str | None = None
     """Kernel of the recurrent mixers. None: the fastest that runs here."""

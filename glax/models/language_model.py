@@ -139,4 +139,7 @@ def _blocks(config: ModelConfig, keys: Array) -> list[Block | Stack]:
     if not config.scan_layers:
         return [make(mixer, key) for mixer, key in zip(config.mixers, keys, strict=True)]
     runs = itertools.groupby(range(config.num_layers), lambda depth: config.mixers[depth])
-    return [Stack(functools.partial(make, mixer), keys[jnp.array(list(depths))]) for mixer, depths in runs]
+    return [
+        Stack(functools.partial(make, mixer), keys[jnp.array(list(depths))], unroll=config.unroll_layers)
+        for mixer, depths in runs
+    ]

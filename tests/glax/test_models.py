@@ -66,7 +66,14 @@ def plain() -> tuple[float, dict[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"scan_layers": True}, {"scan_layers": True, "remat": "full"}, {"remat": "matmuls"}], ids=str
+    "changes",
+    [
+        {"scan_layers": True, "unroll_layers": False},
+        {"scan_layers": True, "unroll_layers": True},
+        {"scan_layers": True, "remat": "full"},
+        {"remat": "matmuls"},
+    ],
+    ids=str,
 )
 def test_scan_and_remat_change_nothing(plain, changes: dict):
     """The same initial parameters, loss and gradients as blocks in a loop that keep everything."""

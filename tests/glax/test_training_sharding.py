@@ -141,7 +141,7 @@ def test_no_token_array_is_gathered(steps_on, mesh: str):
 
 
 @pytest.mark.parametrize("operand", [0, 3], ids=["q", "log_alpha"])
-def test_a_gathered_operand_is_found(tiny_config, monkeypatch, operand: int):
+def test_a_gathered_operand_is_found(tiny_config, monkeypatch, request, operand: int):
     """The search above sees what it looks for: one operand of the operator replicated on purpose."""
     operator = gla_layer.gated_linear_attention
 
@@ -151,6 +151,8 @@ def test_a_gathered_operand_is_found(tiny_config, monkeypatch, operand: int):
         return operator(*operands, **options)
 
     monkeypatch.setattr(gla_layer, "gated_linear_attention", replicating)
+    jax.clear_caches()  # blocks that were traced before
+    request.addfinalizer(jax.clear_caches)
     config = tiny_config(mesh=MeshConfig(fsdp=8))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=1))
     mesh = make_mesh(config.mesh)
