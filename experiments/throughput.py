@@ -4,13 +4,13 @@ With no arguments on a CPU: the four small models at two shapes, in about a minu
 paper's shapes, with everything a training step does (forward, backward, clipping, AdamW, the check for non-finite
 gradients, a new batch from the host):
 
-    --models gla-1.3b,transformer-1.3b,retnet-1.3b,mamba-1.3b --shapes 2048x8,4096x4,8192x2,16384x1 --parts
+    --models gla-1.3b,transformer-1.3b,retnet-1.3b,mamba-1.3b --shapes 2048x8,4096x4,8192x2,16384x1 --profile
 
 tokens/s is that of the median step. MFU counts model FLOPs, without recomputation, against the card's dense bf16 peak.
-Memory is what the compiled step needs at its peak: state, batch and temporaries. --parts also times the step's parts
-alone: a layer's operator, mixer and MLP forward + backward, the loss, the optimiser; --profile lists the device kernels
-that take longest in real steps. A row that fails has its error. The same command continues after the rows that are
-there.
+Memory is what the compiled step needs at its peak: state, batch and temporaries. --profile tells where a GPU's time
+goes in real steps, by part of the model and by kernel; --parts times parts alone: a layer's operator, mixer and MLP
+forward + backward, the loss, the optimiser. A row that fails has its error. The same command continues after the rows
+that are there.
 """
 
 import dataclasses
@@ -38,11 +38,12 @@ from glax.models import PRESETS, ModelConfig
 from glax.models.blocks import MIXERS, Block
 from glax.training import MeshConfig, TrainConfig
 from glax.training.sharding import make_mesh, place_batch, use_mesh
-from glax.training.state import Plan, plan_state
+from glax.training.state import plan_state
 from glax.training.step import make_train_step
 from glax.training.utilization import peak_flops
 from kernels import gated_linear_attention, retention, selective_scan, softmax_cross_entropy
 from results_file import ResultsFile, plot
+from step_profile import kernel_times, profile_by_part, scopes_of
 
 WARM_STEPS = 3
 MODELS = ("gla", "transformer", "retnet", "mamba")
@@ -64,8 +65,8 @@ class Arguments:
     remat: str = "none"
     """Comma-separated, what the backward pass computes again: none, full, matmuls."""
 
-    scan_layers: bool = True
-    """Scan over stacked layers; --no-scan-layers compiles each by itself."""
+    unroll_layers: bool | None = None
+    """Layers one by one, or in a scan. None: as ModelConfig does."""
 
     steps: int = 10
     """Timed steps, after three to warm up."""
@@ -74,7 +75,7 @@ class Arguments:
     """Also time the parts of a step."""
 
     profile: bool = False
-    """Also trace three steps, and list the kernels that take longest."""
+    """Also trace three steps, and add up what kernels take."""
 
     compile_threads: int = 1
     """Programs to compile at once, all before any is measured."""
@@ -97,26 +98,27 @@ class Prepared(NamedTuple):
 
     config: TrainConfig
     mesh: jax.sharding.Mesh
-    plan: Plan
     step: jax.stages.Compiled
+    initialize: jax.stages.Compiled
     seconds: float
+    """That the step took to trace and compile."""
 
 
-def training(case: Case, scan_layers: bool) -> TrainConfig:
+def training(case: Case, unroll_layers: bool | None) -> TrainConfig:
     length, batch = _shape(case.shape)
     model = dataclasses.replace(
         PRESETS[case.model],
         compute_dtype="float32" if jax.default_backend() == "cpu" else "bfloat16",
         remat=case.remat,
-        scan_layers=scan_layers,
+        unroll_layers=unroll_layers,
         implementation=None if case.implementation == "fastest" else case.implementation,
     )
     return TrainConfig(model=model, data=DataConfig(sequence_length=length, batch_size=batch), mesh=MeshConfig(data=1))
 
 
-def prepare(case: Case, scan_layers: bool) -> Prepared | str:
+def prepare(case: Case, unroll_layers: bool | None) -> Prepared | str:
     """The compiled step, or the error that there was instead."""
-    config = training(case, scan_layers)
+    config = training(case, unroll_layers)
     started = time.monotonic()
     try:
         mesh = make_mesh(config.mesh, jax.devices()[:1])
@@ -124,9 +126,10 @@ def prepare(case: Case, scan_layers: bool) -> Prepared | str:
             plan = plan_state(config, mesh)
             batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, random_batch(config, np.random.default_rng(0))))
             step = make_train_step(plan, config, 1).lower(plan.abstract, batch).compile()
+            seconds = time.monotonic() - started
+            return Prepared(config, mesh, step, plan.initialize.lower().compile(), seconds)
     except (NotImplementedError, ValueError, RuntimeError) as error:
         return _one_line(error)
-    return Prepared(config, mesh, plan, step, time.monotonic() - started)
 
 
 def random_batch(config: TrainConfig, draw: np.random.Generator) -> dict[str, np.ndarray]:
@@ -144,24 +147,25 @@ def random_batch(config: TrainConfig, draw: np.random.Generator) -> dict[str, np
 
 def measure(prepared: Prepared, steps: int, profile: bool) -> dict[str, Any]:
     """Times whole training steps on one device."""
-    config, mesh, plan, step, compiled = prepared
+    config, mesh, step, initialize, compiled = prepared
     draw = np.random.default_rng(0)
     batches = [random_batch(config, draw) for _ in range(4)]
     with use_mesh(mesh):
-        state, seconds = plan.initialize(), []
+        state, seconds = initialize(), []
         for number in range(WARM_STEPS + steps):
             begun = time.monotonic()
             state, metrics = step(state, place_batch(batches[number % 4], mesh))
             loss = float(metrics["loss"])  # waits for the step, as a journal line does
             seconds.append(time.monotonic() - begun)
-        kernels = {}
+        profiled = {}
         if profile:
             with tempfile.TemporaryDirectory() as folder:
                 with jax.profiler.trace(folder):
                     for batch in batches[:3]:
                         state, metrics = step(state, place_batch(batch, mesh))
                     jax.block_until_ready(state)
-                kernels = {"kernels_ms": longest_kernels(Path(folder), 3)}
+                scopes = scopes_of(step.as_text())
+                profiled = profile_by_part(kernel_times(Path(folder), 3), scopes)
     median = float(np.median(seconds[WARM_STEPS:]))
     tokens = config.data.sequence_length * config.data.batch_size
     flops, peak = config.model.flops_per_token(config.data.sequence_length), peak_flops(jax.devices()[:1])
@@ -174,27 +178,7 @@ def measure(prepared: Prepared, steps: int, profile: bool) -> dict[str, Any]:
         "parameters": config.model.num_parameters(),
         "loss": round(loss, 4),
         "compile_s": round(compiled, 1),
-    } | kernels
-
-
-def longest_kernels(folder: Path, steps: int, count: int = 40) -> dict[str, list[float]]:
-    """Of the device's kernels in a profiler trace the longest: milliseconds and launches per step, by name."""
-    [file] = folder.rglob("*.xplane.pb")
-    times: dict[str, list[float]] = {}
-    for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
-        if not plane.name.startswith("/device:"):
-            continue
-        for line in plane.lines:
-            if not line.name.startswith("Stream"):
-                continue
-            for event in line.events:
-                entry = times.setdefault(event.name[:90], [0.0, 0])
-                entry[0] += event.duration_ns / 1e6 / steps
-                entry[1] += 1 / steps
-    longest = sorted(times.items(), key=lambda item: -item[1][0])
-    rest = [sum(value[i] for _, value in longest[count:]) for i in (0, 1)]
-    chosen = dict(longest[:count]) | {"all others": rest}
-    return {name: [round(ms, 3), round(launches, 1)] for name, (ms, launches) in chosen.items()}
+    } | profiled
 
 
 def _peak_bytes(step: jax.stages.Compiled) -> int:
@@ -330,12 +314,12 @@ def run(arguments: Arguments) -> None:
             raise UserError(f'models has "{preset}": choose from {", ".join(PRESETS)}')
     cases = [Case(model, shape, kernel, remat) for shape, model, kernel, remat in itertools.product(*lists)]
     for case in cases:
-        training(case, arguments.scan_layers)  # refuses what makes no model, before anything is measured
-    settings = {"scan_layers": arguments.scan_layers, "steps": arguments.steps}
+        training(case, arguments.unroll_layers)  # refuses what makes no model, before anything is measured
+    settings = {"unroll_layers": arguments.unroll_layers, "steps": arguments.steps}
     results = ResultsFile(arguments.results / "throughput.json", settings)
     absent = [case for case in cases if results.find(**case._asdict()) is None]
     with ThreadPoolExecutor(arguments.compile_threads) as pool:
-        compiling = {case: pool.submit(prepare, case, arguments.scan_layers) for case in absent}
+        compiling = {case: pool.submit(prepare, case, arguments.unroll_layers) for case in absent}
         if arguments.compile_threads > 1:
             wait(compiling.values())
         for case in cases:

@@ -5,10 +5,11 @@ import json
 import jax
 import pytest
 import throughput
-from throughput import main
+from throughput import Case, main, prepare
 
 from glax.models import PRESETS
 from glax.training.utilization import PEAK_FLOPS
+from step_profile import SCOPES, profile_by_part, scopes_of
 
 
 def test_rows(tmp_path, monkeypatch, capsys):
@@ -35,6 +36,17 @@ def test_rows(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(throughput, "prepare", None)  # a second start measures nothing
     assert main(command) == 0
     assert capsys.readouterr().out.splitlines()[0] == said.splitlines()[0]
+
+
+def test_profile_adds_up_by_part():
+    """Every part has instructions in a compiled step, and kernels add up to parts whatever they are called."""
+    scopes = scopes_of(prepare(Case("gla-tiny", "32x2", "fastest", "none"), None).step.as_text())
+    assert set(scopes.values()) == {*SCOPES, "rest"}
+    one = {scope: next(name for name, found in scopes.items() if found == scope) for scope in SCOPES}
+    times = {("gemm", one["mlp"]): [2.0, 24.0], ("gemm", one["mixer"]): [1.5, 24.0], ("copy", "no such"): [0.25, 1.0]}
+    profile = profile_by_part(times, scopes, count=1)
+    assert profile["profile_ms"] == {"mlp": [2.0, 24.0], "mixer": [1.5, 24.0], "rest": [0.25, 1.0]}
+    assert profile["kernels_ms"] == {"gemm": [3.5, 48.0], "all others": [0.25, 1.0]}
 
 
 @pytest.mark.parametrize(
