@@ -61,7 +61,19 @@ def test_against_float64(case: str, implementation: str, dtype, bound: float):
     assert np.sqrt(np.mean((y - want) ** 2) / np.mean(want**2)) < bound
 
 
-@pytest.mark.parametrize("size", [16, 96, 2816, 5632])
+def test_groups_of_rows():
+    """Several groups of rows to a program, of which the next is asked for early."""
+    x, weight, options = drawn("norm, swiglu", 1, jnp.float32)
+    weight = jnp.tile(weight, (88, 1))
+    assert pallas_triton._rows_and_groups(1, 2112, weight.nbytes // 2112) == (4, 1)
+    assert pallas_triton._rows_and_groups(1, 4224, weight.nbytes // 4224) == (4, 2)
+    options |= {"swiglu": False}
+    y = pallas_triton.matvec(x, weight, **options, eps=1e-3, dtype=jnp.dtype(jnp.float32), interpret=True)
+    want = expected(x, weight, **options, eps=1e-3)
+    assert np.sqrt(np.mean((y - want) ** 2) / np.mean(want**2)) < 1e-6
+
+
+@pytest.mark.parametrize("size", [16, 96, 2816, 5632, 10944])
 def test_pieces_are_powers_of_two_that_cover_a_row(size: int):
     pieces = pallas_triton._pieces(size)
     assert [start for start, _ in pieces] == list(np.cumsum([0] + [length for _, length in pieces])[:-1])
