@@ -47,6 +47,7 @@ from step_profile import kernel_times, profile_by_part, scopes_of
 
 WARM_STEPS = 3
 MODELS = ("gla", "transformer", "retnet", "mamba")
+NO_GRAPHS = {"xla_gpu_enable_command_buffer": "", "xla_gpu_graph_min_graph_size": str(2**30)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,8 @@ class Prepared(NamedTuple):
     initialize: jax.stages.Compiled
     seconds: float
     """That the step took to trace and compile."""
+    profiled: jax.stages.Compiled | None
+    """The step for a profile, where one is wanted: no kernel hidden in a CUDA graph."""
 
 
 def training(case: Case, unroll_layers: bool | None) -> TrainConfig:
@@ -116,7 +119,7 @@ def training(case: Case, unroll_layers: bool | None) -> TrainConfig:
     return TrainConfig(model=model, data=DataConfig(sequence_length=length, batch_size=batch), mesh=MeshConfig(data=1))
 
 
-def prepare(case: Case, unroll_layers: bool | None) -> Prepared | str:
+def prepare(case: Case, unroll_layers: bool | None, profile: bool = False) -> Prepared | str:
     """The compiled step, or the error that there was instead."""
     config = training(case, unroll_layers)
     started = time.monotonic()
@@ -125,9 +128,10 @@ def prepare(case: Case, unroll_layers: bool | None) -> Prepared | str:
         with use_mesh(mesh):
             plan = plan_state(config, mesh)
             batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, random_batch(config, np.random.default_rng(0))))
-            step = make_train_step(plan, config, 1).lower(plan.abstract, batch).compile()
-            seconds = time.monotonic() - started
-            return Prepared(config, mesh, step, plan.initialize.lower().compile(), seconds)
+            lowered = make_train_step(plan, config, 1).lower(plan.abstract, batch)
+            step, seconds = lowered.compile(), time.monotonic() - started
+            profiled = lowered.compile(NO_GRAPHS) if profile and jax.default_backend() == "gpu" else None
+            return Prepared(config, mesh, step, plan.initialize.lower().compile(), seconds, profiled)
     except (NotImplementedError, ValueError, RuntimeError) as error:
         return _one_line(error)
 
@@ -145,9 +149,9 @@ def random_batch(config: TrainConfig, draw: np.random.Generator) -> dict[str, np
     }
 
 
-def measure(prepared: Prepared, steps: int, profile: bool) -> dict[str, Any]:
+def measure(prepared: Prepared, steps: int) -> dict[str, Any]:
     """Times whole training steps on one device."""
-    config, mesh, step, initialize, compiled = prepared
+    config, mesh, step, initialize, compiled, profiled = prepared
     draw = np.random.default_rng(0)
     batches = [random_batch(config, draw) for _ in range(4)]
     with use_mesh(mesh):
@@ -157,15 +161,15 @@ def measure(prepared: Prepared, steps: int, profile: bool) -> dict[str, Any]:
             state, metrics = step(state, place_batch(batches[number % 4], mesh))
             loss = float(metrics["loss"])  # waits for the step, as a journal line does
             seconds.append(time.monotonic() - begun)
-        profiled = {}
-        if profile:
+        profile = {}
+        if profiled is not None:
+            state, _ = jax.block_until_ready(profiled(state, place_batch(batches[3], mesh)))
             with tempfile.TemporaryDirectory() as folder:
                 with jax.profiler.trace(folder):
                     for batch in batches[:3]:
-                        state, metrics = step(state, place_batch(batch, mesh))
+                        state, metrics = profiled(state, place_batch(batch, mesh))
                     jax.block_until_ready(state)
-                scopes = scopes_of(step.as_text())
-                profiled = profile_by_part(kernel_times(Path(folder), 3), scopes)
+                profile = profile_by_part(kernel_times(Path(folder), 3), scopes_of(profiled.as_text()))
     median = float(np.median(seconds[WARM_STEPS:]))
     tokens = config.data.sequence_length * config.data.batch_size
     flops, peak = config.model.flops_per_token(config.data.sequence_length), peak_flops(jax.devices()[:1])
@@ -178,7 +182,7 @@ def measure(prepared: Prepared, steps: int, profile: bool) -> dict[str, Any]:
         "parameters": config.model.num_parameters(),
         "loss": round(loss, 4),
         "compile_s": round(compiled, 1),
-    } | profiled
+    } | profile
 
 
 def _peak_bytes(step: jax.stages.Compiled) -> int:
@@ -319,7 +323,7 @@ def run(arguments: Arguments) -> None:
     results = ResultsFile(arguments.results / "throughput.json", settings)
     absent = [case for case in cases if results.find(**case._asdict()) is None]
     with ThreadPoolExecutor(arguments.compile_threads) as pool:
-        compiling = {case: pool.submit(prepare, case, arguments.unroll_layers) for case in absent}
+        compiling = {case: pool.submit(prepare, case, arguments.unroll_layers, arguments.profile) for case in absent}
         if arguments.compile_threads > 1:
             wait(compiling.values())
         for case in cases:
@@ -334,7 +338,7 @@ def _row(prepared: Prepared | str, arguments: Arguments) -> dict[str, Any]:
     if isinstance(prepared, str):
         return {"error": prepared}
     try:
-        row = measure(prepared, arguments.steps, arguments.profile)
+        row = measure(prepared, arguments.steps)
         gc.collect()
         if arguments.parts:
             row["parts_ms"] = time_parts(prepared.config)
