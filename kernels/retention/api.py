@@ -9,8 +9,8 @@ from ..gla.recurrence import state_dtype
 from . import recurrence
 
 IMPLEMENTATIONS = {  # as `kernels.dispatch` says
+    "mosaic_gpu": "kernels.retention.mosaic_gpu",
     "xla": "kernels.retention.chunked",
-    "mosaic_gpu": "kernels.retention.mosaic_gpu",  # after xla, so only by name, until it has been seen on a card
     "reference": "kernels.retention.recurrence",
 }
 
