@@ -26,12 +26,40 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .anchors import CHUNK, FIRST, FLOOR, PREFIX, SECOND, beyond_limit, constant_rows
-from .prepare import anchor_matrix, level_pairs
-from .warpgroup import BF16, COLUMN, F32, ROW, TILE, WGMMA, Products, along_columns, along_rows, iota, load, pin, shared
+from .anchors import CHUNK, FLOOR
+from .documents import GOES_ON, REACHING, SIZE, of_rows, reached, together
+from .halving import (
+    LOWER,
+    PREFIX,
+    SUFFIX,
+    around_middle,
+    by_halves,
+    matrix,
+    pairs_above,
+    pairs_across,
+    pairs_below,
+    right_half,
+    table,
+)  # fmt: skip
+from .warpgroup import (
+    BF16,
+    COLUMN,
+    F32,
+    ROW,
+    TILE,
+    WGMMA,
+    Products,
+    along_columns,
+    along_rows,
+    iota,
+    load,
+    pin,
+    shared,
+    split,
+    where,
+)
 
 STAGES = 2
-CHUNKS = 8  # of one head, worked through by one block of threads
 TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 
 
@@ -41,7 +69,7 @@ def pair_gradients(do, v, *, documents=None, interpret=None):
 
     Args:
       do [B, T, H, V], v [B, T, G, V]: bf16, T and V multiples of 64.
-      documents: `Documents` (pairs of different ones get 0), or None.
+      documents: `documents.factors` (pairs of different ones get 0), or None.
 
     Returns:
       [B, H, T / 64, 64, 64] bf16 and [B, H, T / 64, 64] float32.
@@ -55,20 +83,22 @@ def pair_gradients(do, v, *, documents=None, interpret=None):
         refs = list(refs)
         do_g, v_g = refs[:2]
         del refs[:2]
-        together_g = refs.pop(0) if packed else None
-        pairs_g, diagonal_g, do_s, v_s, below_s, above_s, arrived = refs
-        index = lax.axis_index("block")
-        chunk, index = index % chunks, index // chunks
-        h, b = index % H, index // H
+        factors_g = refs.pop(0) if packed else None
+        pairs_g, diagonal_g, do_s, v_s, below_s, above_s, arrived, *rest = refs
+        (chunk, h), b = split(lax.axis_index("block"), chunks, H)
+        g = lax.div(h, group)
         tokens = pl.ds(chunk * CHUNK, CHUNK)
 
         def fetch(step):
             slot, values = lax.rem(step, stages), pl.ds(step * 64, 64)
             plgpu.copy_gmem_to_smem(do_g.at[b, tokens, h, values], do_s.at[slot], arrived.at[slot])
-            plgpu.copy_gmem_to_smem(v_g.at[b, tokens, h // group, values], v_s.at[slot], arrived.at[slot])
+            plgpu.copy_gmem_to_smem(v_g.at[b, tokens, g, values], v_s.at[slot], arrived.at[slot])
 
         for step in range(stages):
             fetch(step)
+        if packed:
+            factors_s, factors_arrived = rest
+            plgpu.copy_gmem_to_smem(factors_g.at[b, chunk], factors_s, factors_arrived)
 
         def body(step, dP):
             slot = lax.rem(step, stages)
@@ -83,172 +113,203 @@ def pair_gradients(do, v, *, documents=None, interpret=None):
 
         dP = lax.fori_loop(0, slices, body, plgpu.layout_cast(jnp.zeros(TILE, F32), WGMMA))
         row, column = iota(0), iota(1)
-        diagonal_g.at[b, h, chunk][...] = jnp.sum(jnp.where(row == column, dP, 0.0), axis=1)
-        below = jnp.where(column < row, dP, 0.0)
+        diagonal_g.at[b, h, chunk][...] = jnp.sum(where(row == column, dP, 0.0), axis=1)
+        below = where(column < row, dP, 0.0)
         if packed:
-            below = below * load(together_g.at[b, chunk], optimized=False).astype(F32)
+            plgpu.barrier_wait(factors_arrived)
+            below = below * together(factors_s)
         below = below.astype(BF16)
         above_s.T[...] = plgpu.layout_cast(below, TRANSPOSED)
         plgpu.commit_smem()
-        below_s[...] = below + load(above_s)
+        below_s[...] = below + above_s[...]
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(below_s, pairs_g.at[b, h, chunk])
         plgpu.wait_smem_to_gmem(0)
 
     scratch = [shared((stages, CHUNK, 64)), shared((stages, CHUNK, 64)), shared(TILE), shared(TILE)]
+    scratch += [plgpu.Barrier(num_arrivals=2, num_barriers=stages)]
+    scratch += [plgpu.SMEM((SIZE,), F32), plgpu.Barrier()] if packed else []
     return plgpu.kernel(
         kernel,
         out_type=[
             jax.ShapeDtypeStruct((B, H, chunks, CHUNK, CHUNK), BF16),
             jax.ShapeDtypeStruct((B, H, chunks, CHUNK), F32),
         ],
-        scratch_types=[*scratch, plgpu.Barrier(num_arrivals=2, num_barriers=stages)],
+        scratch_types=scratch,
         grid=(B * H * chunks,),
         grid_names=("block",),
         kernel_name="gla_pair_gradients",
         **({"interpret": interpret} if interpreted else {}),
-    )(do, v, *((documents.together,) if packed else ()))
+    )(do, v, *([documents] if packed else []))
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "interpret"))
-def finish(q, k, log_alpha, pairs, diagonal, dq_carried, dk_carried, across, *, scale, documents=None, interpret=None):
-    """dq, dk, dlog_alpha: [B, T, H, K] bf16, per query head.
+@functools.partial(jax.jit, static_argnames=("scale", "chunks_per_block", "interpret"))
+def finish(
+    q, k, log_alpha, pairs, diagonal, dq_carried, dk_carried, across, *, scale, documents=None, chunks_per_block=8,
+    interpret=None,
+):  # fmt: skip
+    """dq, dk and dlog_alpha, each [B, T, H, K] bf16, per query head.
 
     Args:
-      q [B, T, H, K], k and log_alpha [B, T, G, K]: bf16, as `prepare` had them.
+      q [B, T, H, K], k and log_alpha [B, T, G, K]: bf16, T and K multiples of 64.
       pairs, diagonal: of `pair_gradients`.
-      dq_carried, dk_carried: [., B, T, H, K] bf16, the parts of dq~ and dk~, to be added up.
-      across: [B, H, T / 64, K] float32, what pairs around the whole chunk give to its gates.
-      scale, documents: as in `prepare`.
+      dq_carried, dk_carried: [parts, B, T, H, K] bf16, dq~ and dk~ of `walk`, to be added up over the parts.
+      across: [B, H, T / 64, K] float32, decay times the sum over v of S dS, each chunk's own.
+      scale: multiplies q.
+      documents: `documents.factors`, or None.
+      chunks_per_block: of one head, worked through by one block of threads.
     """
     B, T, H, K = q.shape
     chunks, slices, group = T // CHUNK, K // 64, H // k.shape[2]
-    blocks, parts = -(-chunks // CHUNKS), dq_carried.shape[0]
+    blocks, parts = -(-chunks // chunks_per_block), dq_carried.shape[0]
     packed, interpreted = documents is not None, interpret is not None
 
     def kernel(*refs):
         refs = list(refs)
-        q_g, k_g, g_g, pairs_g, diagonal_g, dq_carried_g, dk_carried_g, across_g, constants_g = refs[:9]
+        q_g, k_g, g_g, pairs_g, diagonal_g, dq_carried_g, dk_carried_g, across_g, table_g = refs[:9]
         del refs[:9]
-        reached_g, reaching_g, goes_on_g = (refs.pop(0), refs.pop(0), refs.pop(0)) if packed else (None,) * 3
-        dq_g, dk_g, dg_g, q_s, k_s, g_s, pairs_s, highs, lows, constants_s = refs[:10]
-        worst_s, before_s, after_s, zero_s, arrived, ready, *rest = refs[10:]
+        factors_g = refs.pop(0) if packed else None
+        dq_g, dk_g, dg_g, q_s, k_s, g_s, dq_s, dk_s, pairs_s, tiles_s, tables_s, *refs = refs
+        diagonal_s, across_s, worst_s, zero_s, arrived, dq_arrived, dk_arrived, pairs_arrived, ready, *rest = refs
+        factors_s = rest.pop(0) if packed else None
         product = Products(rest.pop(0) if interpreted else None)
 
-        index = lax.axis_index("block")
-        block, index = index % blocks, index // blocks
-        h, b = index % H, index // H
-        g, first = h // group, block * CHUNKS
-        steps = jnp.minimum(CHUNKS, chunks - first) * slices
+        (block, h), b = split(lax.axis_index("block"), blocks, H)
+        g, first = lax.div(h, group), block * chunks_per_block
+        steps = jnp.minimum(chunks_per_block, chunks - first) * slices
         place = lambda step: (first + lax.div(step, slices), lax.rem(step, slices))
-        row, column = lambda: iota(0) + zero_s[0], lambda: iota(1) + zero_s[0]
+
+        def of_step(step):
+            chunk, c = place(step)
+            return chunk, pl.ds(chunk * CHUNK, CHUNK), pl.ds(c * 64, 64)
 
         def fetch(step):
             slot = lax.rem(step, STAGES)
-            chunk, c = place(step)
-            tokens, channels = pl.ds(chunk * CHUNK, CHUNK), pl.ds(c * 64, 64)
-            plgpu.copy_gmem_to_smem(g_g.at[b, tokens, g, channels], g_s.at[slot], arrived.at[slot])
-            plgpu.copy_gmem_to_smem(q_g.at[b, tokens, h, channels], q_s.at[slot], arrived.at[slot])
-            plgpu.copy_gmem_to_smem(k_g.at[b, tokens, g, channels], k_s.at[slot], arrived.at[slot])
-            plgpu.copy_gmem_to_smem(pairs_g.at[b, h, chunk], pairs_s.at[slot], arrived.at[slot])
+            chunk, tokens, channels = of_step(step)
+            copy = lambda source, target: plgpu.copy_gmem_to_smem(source, target.at[slot], arrived.at[slot])
+            copy(g_g.at[b, tokens, g, channels], g_s)
+            copy(q_g.at[b, tokens, h, channels], q_s)
+            copy(k_g.at[b, tokens, g, channels], k_s)
+            copy(diagonal_g.at[b, h, chunk], diagonal_s)
+            copy(across_g.at[b, h, chunk, channels], across_s)
+            if packed:
+                copy(factors_g.at[b, chunk], factors_s)
+
+        def fetch_carried(step, source, target, barrier):
+            _, tokens, channels = of_step(step)
+            for i in range(parts):
+                plgpu.copy_gmem_to_smem(source.at[i, b, tokens, h, channels], target.at[i], barrier)
+
+        def fetch_pairs(chunk):
+            plgpu.copy_gmem_to_smem(pairs_g.at[b, h, chunk], pairs_s, pairs_arrived)
 
         zero_s[0] = jnp.int32(0)
-        plgpu.copy_gmem_to_smem(constants_g, constants_s, ready)
         fetch(0)
+        fetch_carried(0, dq_carried_g, dq_s, dq_arrived)
+        plgpu.copy_gmem_to_smem(table_g, tables_s.at[0], ready)
+        fetch_pairs(first)
+        fetch_carried(0, dk_carried_g, dk_s, dk_arrived)
         plgpu.barrier_wait(ready)
-        around_middle, up_to = constants_s.at[pl.ds(0, 64)], constants_s.at[pl.ds(PREFIX, 64)]
 
         def body(step, _):
-            slot = lax.rem(step, STAGES)
-            chunk, c = place(step + zero_s[0])
-            tokens, channels = pl.ds(chunk * CHUNK, CHUNK), pl.ds(c * 64, 64)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            slot, c = lax.rem(step, STAGES), lax.rem(step, slices)
+            chunk, tokens, channels = of_step(step)
+            q_c, k_c, g_c = q_s.at[slot], k_s.at[slot], g_s.at[slot]
+            # A zero that the compiler cannot see through: addresses are made where they are used, and wait nowhere.
+            tile_s, table_s = tiles_s.at[zero_s[0]], tables_s.at[zero_s[0]]
+            raw_q, raw_k = lambda: q_c[...].astype(F32), lambda: k_c[...].astype(F32)
+            own_factors = factors_s.at[slot] if packed else None
+            diagonal = lambda: along_rows(load(diagonal_s.at[slot], ROW), TILE)
+
+            def carried(parts_s, barrier, bit, mask):
+                """What pairs around the chunk's boundary give, gated."""
+                plgpu.barrier_wait(barrier)
+                whole = functools.reduce(jnp.add, [parts_s.at[i][...].astype(F32) for i in range(parts)])
+                whole = whole * mask() if packed else whole
+                return pin(whole * jnp.exp(product(matrix(table_s, bit), g_c, TILE)))
+
+            def masked_pairs(mask):
+                return where(mask, pairs_s[...], jnp.bfloat16(0.0))
+
+            plgpu.barrier_wait(arrived.at[slot])
+            g_c[...] = jnp.maximum(load(g_c, WGMMA), jnp.asarray(FLOOR, BF16))
+            plgpu.commit_smem()
+            dq = carried(dq_s, dq_arrived, PREFIX, lambda: reached(own_factors))
+            change = pin(raw_q() * dq)
 
             @pl.when(step + 1 < steps)
             def _():
+                fetch_carried(step + 1, dq_carried_g, dq_s, dq_arrived)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 fetch(step + 1)
 
-            plgpu.barrier_wait(arrived.at[slot])
-            high_s, low_s = highs.at[zero_s[0]], lows.at[zero_s[0]]
-            q_c, k_c, g_c, pairs_c = q_s.at[slot], k_s.at[slot], g_s.at[slot], pairs_s.at[slot]
-            raw_q, raw_k = lambda: load(q_c).astype(F32) * scale, lambda: load(k_c).astype(F32)
+            @pl.when(c == 0)
+            def _():
+                plgpu.barrier_wait(pairs_arrived)
 
-            def of_rows(ref):
-                """Multiplies rows by [B, T] float32 factors."""
-                return lambda x: x * along_rows(load(ref.at[b, tokens], ROW, optimized=False), TILE)
+            zeros = plgpu.layout_cast(jnp.zeros(TILE, F32), WGMMA)
 
-            reached, reaching, goes_on = (
-                map(of_rows, (reached_g, reaching_g, goes_on_g)) if packed else (lambda x: x,) * 3
-            )
-
-            def diagonal():
-                return along_rows(load(diagonal_g.at[b, h, chunk], ROW, optimized=False), TILE)
-
-            def carried(ref):
-                parts_of = [load(ref.at[i, b, tokens, h, channels], optimized=False).astype(F32) for i in range(parts)]
-                return functools.reduce(jnp.add, parts_of)
-
-            def masked_pairs(mask):
-                return jnp.where(mask, load(pairs_c).astype(F32), 0.0).astype(BF16)
-
-            D = product(around_middle, g_c, TILE)
-            worst_s[...] = beyond_limit(D)
-            plgpu.commit_smem()
-            within = (worst_s[0] == 0.0) & (worst_s[63] == 0.0)
-
-            def tier_1():
-                half = lambda start: jnp.exp(
-                    jnp.max(product(g_c.T, constants_s.at[pl.ds(start, 8)].T, (64, 8)), axis=1)
-                )
-                before_s[...], after_s[...] = half(FIRST), half(SECOND)
-                high_s[...] = (raw_q() * jnp.exp(D)).astype(BF16)
-                low_s[...] = (raw_k() * jnp.exp(-D)).astype(BF16)
+            def bounded(n, exponents, dq, dk, change):
+                # Factors of keys are made twice, of exponents that `pin` makes new: there is no room to keep them.
+                e = pin(around_middle(n, exponents))
+                tile_s[...] = (raw_k() * jnp.exp(-e)).astype(BF16)
                 plgpu.commit_smem()
-                of_q = product(masked_pairs(column() < row()), low_s, TILE)
-                change = load(high_s).astype(F32) * of_q
-                from_before = reached(carried(dq_carried_g)) * along_columns(load(before_s, COLUMN), TILE)
-                weight = jnp.exp(product(around_middle, g_c, TILE))
-                change = change + raw_q() * (from_before * weight)
-                dq = (of_q + from_before) * weight * scale + diagonal() * raw_k() * scale
-                change, dq = pin(change), pin(dq.astype(BF16))
-                of_k = product(masked_pairs(column() > row()), high_s, TILE)
-                change = change - load(low_s).astype(F32) * of_k
-                from_after = reaching(carried(dk_carried_g)) * along_columns(load(after_s, COLUMN), TILE)
-                weight = jnp.exp(-product(around_middle, g_c, TILE))
-                later = raw_k() * (from_after * weight)
-                dk = (of_k + from_after) * weight + diagonal() * raw_q()
-                return dq, pin(dk.astype(BF16)), pin(change), pin(later.astype(BF16))
-
-            def tiers_2_and_3():
-                g_c[...] = jnp.maximum(load(g_c), jnp.asarray(FLOOR, BF16))
+                for_q = product(masked_pairs(pairs_below(table_s, n)), tile_s, TILE)
+                e = pin(e)
+                weight = jnp.exp(e)
+                high = pin((raw_q() * weight).astype(BF16))
+                change, dq = pin(change + high.astype(F32) * for_q), pin(dq + for_q * weight)
+                tile_s[...] = high
                 plgpu.commit_smem()
-                dq, dk, change = within_chunk(
-                    product, raw_q, raw_k, g_c, masked_pairs, high_s, low_s, worst_s, row, column
-                )
-                ones = lambda mask: jnp.where(mask, 1.0, 0.0).astype(BF16)
-                weight = jnp.exp(product(ones(column() <= row()), g_c, TILE))
-                from_before = reached(carried(dq_carried_g)) * weight
-                change = pin(change + raw_q() * from_before)
-                dq = pin(((dq + from_before + diagonal() * raw_k()) * scale).astype(BF16))
-                weight = jnp.exp(product(ones(column() > row()), g_c, TILE))
-                from_after = reaching(carried(dk_carried_g)) * weight
-                later = (raw_k() * from_after).astype(BF16)
-                dk = (dk + from_after + diagonal() * raw_q()).astype(BF16)
-                return dq, dk, change, later
+                for_k = product(masked_pairs(pairs_above(table_s, n)), tile_s, TILE)
+                weight = jnp.exp(-pin(e))
+                low = (raw_k() * weight).astype(BF16)
+                return dq, dk + for_k * weight, change - low.astype(F32) * for_k
 
-            dq, dk, change, later = lax.cond(within, tier_1, tiers_2_and_3)
+            def level(n, exponents, dq, dk, change):
+                weight = jnp.exp(exponents)
+                tile_s[...] = (where(right_half(n), raw_q(), raw_k()) * weight).astype(BF16)
+                plgpu.commit_smem()
+                # A zero that the compiler does not know of: one known would be the other branch's too, and then
+                # registers do not suffice, which has every product of the kernel wait for each of its instructions.
+                zero = plgpu.layout_cast(jnp.full(TILE, worst_s[0] * 0.0), WGMMA)
+                Y = product(masked_pairs(pairs_across(table_s, n)), tile_s, TILE, onto=zero)
+                signed = Y * tile_s[...].astype(F32)
+                change = pin(change + where(right_half(n), signed, -signed))
+                Y = Y * weight
+                return pin(dq + where(right_half(n), Y, 0.0)), pin(dk + where(right_half(n), 0.0, Y)), change
+
+            dq, dk, change = by_halves(
+                product, g_c, table_s, worst_s, bounded, level, (dq, zeros, change), down_to=0
+            )  # fmt: skip
+
+            @pl.when((c == slices - 1) & (step + 1 < steps))
+            def _():
+                fetch_pairs(chunk + 1)
+
+            dq = pin(((dq + diagonal() * raw_k()) * scale).astype(BF16))
+            from_after = carried(dk_s, dk_arrived, SUFFIX, lambda: of_rows(own_factors, REACHING))
+            later = pin((raw_k() * from_after).astype(BF16))
+            dk = ((dk + diagonal() * raw_q()) * scale + from_after).astype(BF16)
             q_c[...], k_c[...] = dq, dk
+
+            @pl.when(step + 1 < steps)
+            def _():
+                fetch_carried(step + 1, dk_carried_g, dk_s, dk_arrived)
+
             # Sums within the chunk are products with ones, in two bf16 limbs where terms of both signs cancel.
+            change = change * scale
             high = change.astype(BF16)
-            high_s[...], low_s[...] = high, (change - high.astype(F32)).astype(BF16)
-            plgpu.commit_smem()
-            dg = product.total([(up_to.T, high_s), (up_to.T, low_s)], TILE)
-            high_s[...] = later
-            plgpu.commit_smem()
-            dg = product(jnp.where(column() < row(), 1.0, 0.0).astype(BF16), high_s, TILE, onto=dg)
-            dg = dg + along_columns(load(across_g.at[b, h, chunk, channels], COLUMN, optimized=False), TILE)
-            dg = lax.cond(within, lambda: dg, lambda: jnp.where(load(g_c).astype(F32) > FLOOR, dg, 0.0))
-            g_c[...] = goes_on(dg).astype(BF16)
+            dg = along_columns(load(across_s.at[slot], COLUMN), TILE)
+            for limb, earlier in ((high, False), ((change - high.astype(F32)).astype(BF16), False), (later, True)):
+                tile_s[...] = limb
+                plgpu.commit_smem()
+                before = (table_s[...] & jnp.int16(LOWER)) != jnp.int16(0)
+                ones = where(before, 1.0, 0.0) if earlier else where(before, 0.0, 1.0)
+                dg = product(ones.astype(BF16), tile_s, TILE, onto=dg)
+            dg = where(g_c[...].astype(F32) > FLOOR, dg, 0.0)
+            dg = dg * of_rows(own_factors, GOES_ON) if packed else dg
+            g_c[...] = dg.astype(BF16)
             plgpu.commit_smem()
             for tile, out in ((q_c, dq_g), (k_c, dk_g), (g_c, dg_g)):
                 plgpu.copy_smem_to_gmem(tile, out.at[b, tokens, h, channels])
@@ -257,12 +318,15 @@ def finish(q, k, log_alpha, pairs, diagonal, dq_carried, dk_carried, across, *, 
         lax.fori_loop(0, steps, body, ())
         plgpu.wait_smem_to_gmem(0)
 
-    tile = lambda: shared((STAGES, CHUNK, 64))
-    scratch = [tile(), tile(), tile(), tile(), shared((1, CHUNK, 64)), shared((1, CHUNK, 64)), shared((144, 64))]
-    scratch += [plgpu.SMEM((64,), F32)] * 3 + [plgpu.SMEM((1,), jnp.int32)]
-    scratch += [plgpu.Barrier(num_arrivals=4, num_barriers=STAGES), plgpu.Barrier()]
+    tiles = lambda count: shared((count, CHUNK, 64))
+    scratch = [tiles(STAGES), tiles(STAGES), tiles(STAGES), tiles(parts), tiles(parts), shared(TILE), tiles(1)]
+    scratch += [shared((1, CHUNK, 64), jnp.int16), plgpu.SMEM((STAGES, 64), F32), plgpu.SMEM((STAGES, 64), F32)]
+    scratch += [plgpu.SMEM((64,), F32), plgpu.SMEM((1,), jnp.int32)]
+    scratch += [plgpu.Barrier(num_arrivals=5 + packed, num_barriers=STAGES)]
+    scratch += [plgpu.Barrier(num_arrivals=parts), plgpu.Barrier(num_arrivals=parts), plgpu.Barrier(), plgpu.Barrier()]
+    scratch += [plgpu.SMEM((STAGES, SIZE), F32)] if packed else []
     scratch += [shared(TILE)] if interpreted else []
-    operands = [q, k, log_alpha, pairs, diagonal, dq_carried, dk_carried, across, constant_rows()]
+    operands = [q, k, log_alpha, pairs, diagonal, dq_carried, dk_carried, across, jnp.asarray(table())]
     return plgpu.kernel(
         kernel,
         out_type=[jax.ShapeDtypeStruct((B, T, H, K), BF16)] * 3,
@@ -272,44 +336,4 @@ def finish(q, k, log_alpha, pairs, diagonal, dq_carried, dk_carried, across, *, 
         kernel_name="gla_finish",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **({"interpret": interpret} if interpreted else {}),
-    )(*operands, *((documents.reached, documents.reaching, documents.goes_on) if packed else ()))
-
-
-def within_chunk(product, raw_q, raw_k, g_c, masked_pairs, high_s, low_s, worst_s, row, column):
-    """Pairs within the chunk, in tiers 2 and 3: what they give to dq / scale and dk, and q dq - k dk of them."""
-    anchored = lambda half: product(anchor_matrix(half, row(), column()), g_c, TILE)
-    worst_s[...] = beyond_limit(anchored(8))
-    plgpu.commit_smem()
-    bounded = jnp.bool_(True)
-    for start in range(0, 64, 16):
-        bounded &= (worst_s[start] == 0.0) & (worst_s[start + 15] == 0.0)
-    zeros = plgpu.layout_cast(jnp.zeros(TILE, F32), WGMMA)
-
-    def level(i, carry):
-        dq, dk, change = carry
-        half = 32 >> i
-        weight = jnp.exp(-jnp.abs(anchored(half)))
-        right = lambda: (row() & half) != 0
-        high_s[...] = (jnp.where(right(), raw_q(), raw_k()) * weight).astype(BF16)
-        plgpu.commit_smem()
-        mirror = level_pairs(half, row(), column()) | level_pairs(half, column(), row())
-        Y = product(masked_pairs(mirror), high_s, TILE)
-        signed = Y * load(high_s).astype(F32)
-        change = pin(change + jnp.where(right(), signed, -signed))
-        Y = Y * weight
-        return pin(dq + jnp.where(right(), Y, 0.0)), pin(dk + jnp.where(right(), 0.0, Y)), change
-
-    dq, dk, change = lax.fori_loop(0, jnp.where(bounded, 2, 6), level, (zeros,) * 3)
-
-    def blocks():
-        """Bounded blocks of 16 rows; single rows, in tier 3, have no pairs."""
-        D = anchored(8)
-        high_s[...], low_s[...] = (raw_q() * jnp.exp(D)).astype(BF16), (raw_k() * jnp.exp(-D)).astype(BF16)
-        plgpu.commit_smem()
-        block = lambda: (row() ^ column()) < 16
-        of_q = product(masked_pairs(block() & (column() < row())), low_s, TILE)
-        of_k = product(masked_pairs(block() & (column() > row())), high_s, TILE)
-        moved = change + load(high_s).astype(F32) * of_q - load(low_s).astype(F32) * of_k
-        return dq + of_q * jnp.exp(D), dk + of_k * jnp.exp(-D), moved
-
-    return lax.cond(bounded, blocks, lambda: (dq, dk, change))
+    )(*operands, *([documents] if packed else []))

@@ -6,59 +6,69 @@ With b the running sum of log_alpha within a chunk of 64 tokens:
     P_ij = scale sum_k q_ik k_jk exp(b_ik - b_jk) for i >= j, else 0
 
 q~ is 0 in rows that the state from before the chunk does not reach, k~ in rows that do not reach the state after it,
-and P between documents. Every 64 key channels take the tier that their own gates allow (anchors.py): P is a sum over
-channels, so the tiers mix. One warpgroup works through the channels of a few chunks, while TMA brings the next.
+and P between documents. Blocks are halved (halving.py) as the gates of every 64 key channels ask: P is a sum over
+channels. One warpgroup works through the channels of a few chunks, while TMA brings the next.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .anchors import CHUNK, FIRST, FLOOR, PREFIX, SECOND, beyond_limit, constant_rows
-from .warpgroup import BF16, COLUMN, F32, ROW, TILE, WGMMA, Products, along_columns, along_rows, iota, load, pin, shared
+from .anchors import CHUNK, FLOOR
+from .documents import REACHING, SIZE, goes_through, of_rows, reached, together
+from .halving import (
+    PREFIX,
+    SUFFIX,
+    around_middle,
+    by_halves,
+    matrix,
+    pairs_across,
+    pairs_within,
+    right_half,
+    table,
+    up_to,
+)  # fmt: skip
+from .warpgroup import BF16, F32, TILE, WGMMA, Products, load, shared, split, where
 
-STAGES = 3
-CHUNKS = 4  # of one head, worked through by one block of threads
+STAGES = 2
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "interpret"))
-def prepare(q, k, log_alpha, *, scale, documents=None, interpret=None):
+@functools.partial(jax.jit, static_argnames=("scale", "chunks_per_block", "interpret"))
+def prepare(q, k, log_alpha, *, scale, documents=None, chunks_per_block=4, interpret=None):
     """q~, k~, P and decay.
 
     Args:
       q [B, T, H, K], k and log_alpha [B, T, G, K]: bf16, T and K multiples of 64.
       scale: multiplies q.
-      documents: `Documents`, or None.
+      documents: `documents.factors`, or None.
+      chunks_per_block: of one head, worked through by one block of threads.
 
     Returns:
       q~ [B, T, H, K], k~ [B, T, G, K], P [B, H, T / 64, 64, 64]: bf16; decay [B, G, T / 64, K] float32.
     """
     B, T, H, K = q.shape
     G, chunks, slices = k.shape[2], T // CHUNK, K // 64
-    group, blocks = H // G, -(-chunks // CHUNKS)
+    group, blocks = H // G, -(-chunks // chunks_per_block)
     packed, interpreted = documents is not None, interpret is not None
-    masks = (documents.together, documents.reached, documents.reaching) if packed else ()
 
     def kernel(*refs):
         refs = list(refs)
-        q_g, k_g, g_g, constants_g = refs[:4]
-        del refs[:4]
-        together_g, reached_g, reaching_g = (refs.pop(0), refs.pop(0), refs.pop(0)) if packed else (None,) * 3
-        q_out_g, k_out_g, P_g, decay_g = refs[:4]
-        q_s, k_s, g_s, q_hat, k_hat, P_s, constants_s, *refs = refs[4:]
-        worst_s, before_s, after_s, zero_s, arrived, ready, *rest = refs
+        q_g, k_g, g_g, table_g, ones_g = refs[:5]
+        del refs[:5]
+        factors_g = refs.pop(0) if packed else None
+        q_out_g, k_out_g, P_g, decay_g, q_s, k_s, g_s, tile_s, table_s, ones_s, worst_s, arrived, ready, *rest = refs
+        factors_s = rest.pop(0) if packed else None
         product = Products(rest.pop(0) if interpreted else None)
 
-        index = lax.axis_index("block")
-        block, index = index % blocks, index // blocks
-        h, b = index % H, index // H
-        g, first_of_group = h // group, h % group == 0
-        first = block * CHUNKS
-        steps = jnp.minimum(CHUNKS, chunks - first) * slices
+        (block, h), b = split(lax.axis_index("block"), blocks, H)
+        g, first_of_group = lax.div(h, group), lax.rem(h, group) == 0
+        first = block * chunks_per_block
+        steps = jnp.minimum(chunks_per_block, chunks - first) * slices
         place = lambda step: (first + lax.div(step, slices), lax.rem(step, slices))
 
         def fetch(step):
@@ -68,75 +78,57 @@ def prepare(q, k, log_alpha, *, scale, documents=None, interpret=None):
             plgpu.copy_gmem_to_smem(g_g.at[b, tokens, g, channels], g_s.at[slot], arrived.at[slot])
             plgpu.copy_gmem_to_smem(q_g.at[b, tokens, h, channels], q_s.at[slot], arrived.at[slot])
             plgpu.copy_gmem_to_smem(k_g.at[b, tokens, g, channels], k_s.at[slot], arrived.at[slot])
+            if packed:
+                plgpu.copy_gmem_to_smem(factors_g.at[b, chunk], factors_s.at[slot], arrived.at[slot])
 
-        zero_s[0] = jnp.int32(0)
-        plgpu.copy_gmem_to_smem(constants_g.at[pl.ds(0, PREFIX)], constants_s, ready)
-        for step in range(STAGES - 1):
-            pl.when(step < steps)(functools.partial(fetch, step))
+        plgpu.copy_gmem_to_smem(table_g, table_s, ready)
+        plgpu.copy_gmem_to_smem(ones_g, ones_s, ready)
+        fetch(0)
         plgpu.barrier_wait(ready)
 
         def body(step, P):
             slot = lax.rem(step, STAGES)
             chunk, c = place(step)
             tokens, channels = pl.ds(chunk * CHUNK, CHUNK), pl.ds(c * 64, 64)
-            # A zero that the compiler cannot see through: masks that use it are not made before the loop, once and for
-            # all, to fill the registers.
-            row, column = lambda: iota(0) + zero_s[0], lambda: iota(1) + zero_s[0]
             P = P * (c > 0).astype(F32)
             plgpu.barrier_wait(arrived.at[slot])
             q_c, k_c, g_c = q_s.at[slot], k_s.at[slot], g_s.at[slot]
-            raw_q, raw_k = lambda: load(q_c).astype(F32) * scale, lambda: load(k_c).astype(F32)
-
-            if packed:
-
-                def rows(ref):
-                    factor = load(ref.at[b, tokens], ROW, optimized=False)
-                    return lambda x: x * plgpu.layout_cast(along_rows(factor, TILE), WGMMA)
-
-                reached, reaching = rows(reached_g), rows(reaching_g)
-            else:
-                reached = reaching = lambda x: x
-
-            def half_total(start):
-                """exp of the gates summed over a half of the chunk, per channel. [64]."""
-                return jnp.exp(jnp.max(product(g_c.T, constants_s.at[pl.ds(start, 8)].T, (64, 8)), axis=1))
-
-            D = product(constants_s.at[pl.ds(0, 64)], g_c, TILE)
-            worst_s[...] = beyond_limit(D)
+            raw_q, raw_k = lambda: q_c[...].astype(F32), lambda: k_c[...].astype(F32)
+            own_factors = factors_s.at[slot] if packed else None
+            g_c[...] = jnp.maximum(load(g_c, WGMMA), jnp.asarray(FLOOR, BF16))
             plgpu.commit_smem()
-            within = (worst_s[0] == 0.0) & (worst_s[63] == 0.0)
 
-            def tier_1(P):
-                before, after = half_total(FIRST), half_total(SECOND)
-                before_s[...], after_s[...] = before, after
-                of_q, of_k = raw_q() * jnp.exp(D), raw_k() * jnp.exp(-D)
-                q_hat[...], k_hat[...] = of_q.astype(BF16), of_k.astype(BF16)
+            @pl.when(step + 1 < steps)
+            def _():
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                fetch(step + 1)
+
+            def bounded(n, exponents, P):
+                e = around_middle(n, exponents)
+                tile_s[...] = (raw_k() * jnp.exp(-e)).astype(BF16)
                 plgpu.commit_smem()
-                q_c[...] = reached(of_q * along_columns(load(before_s, COLUMN), TILE)).astype(BF16)
-                k_c[...] = reaching(of_k * along_columns(load(after_s, COLUMN), TILE)).astype(BF16)
-                P = product(q_hat, k_hat.T, TILE, onto=P)
-                return P, before * after
+                pairs = product((raw_q() * jnp.exp(e)).astype(BF16), tile_s.T, TILE, onto=P)
+                return (where(pairs_within(table_s, n), pairs, P),)
 
-            def tiers_2_and_3(P):
-                g_c[...] = jnp.maximum(load(g_c), jnp.asarray(FLOOR, BF16))
+            def level(n, exponents, P):
+                tile_s[...] = (where(right_half(n), raw_q(), raw_k()) * jnp.exp(exponents)).astype(BF16)
                 plgpu.commit_smem()
-                P = add_slice(P, product, raw_q, raw_k, g_c, q_hat, k_hat, worst_s, row, column)
-                ones = lambda mask: jnp.where(mask, 1.0, 0.0).astype(BF16)
-                q_c[...] = reached(raw_q() * jnp.exp(product(ones(column() <= row()), g_c, TILE))).astype(BF16)
-                k_c[...] = reaching(raw_k() * jnp.exp(product(ones(column() > row()), g_c, TILE))).astype(BF16)
-                return P, half_total(FIRST) * half_total(SECOND)
+                return (where(pairs_across(table_s, n), product(tile_s, tile_s.T, TILE, onto=P), P),)
 
-            P, decay = lax.cond(within, tier_1, tiers_2_and_3, P)
+            (P,) = by_halves(product, g_c, table_s, worst_s, bounded, level, (P,), down_to=-1)
+            weight = jnp.exp(product(matrix(table_s, PREFIX), g_c, TILE))
+            q_c[...] = (raw_q() * scale * (weight * reached(own_factors) if packed else weight)).astype(BF16)
+            weight = jnp.exp(product(matrix(table_s, SUFFIX), g_c, TILE))
+            k_c[...] = (raw_k() * (weight * of_rows(own_factors, REACHING) if packed else weight)).astype(BF16)
+            decay = jnp.exp(jnp.max(product(g_c.T, ones_s.T, (64, 8)), axis=1))
 
             @pl.when(c == slices - 1)
             def _():
-                masked = jnp.where(column() <= row(), P, 0.0)
-                if packed:
-                    masked = masked * load(together_g.at[b, chunk], optimized=False).astype(F32)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                P_s[...] = masked.astype(BF16)
+                # In the room of the gates. What lies above the diagonal is of no use.
+                below = where(up_to(table_s), P * scale, 0.0)
+                g_c[...] = (below * together(own_factors) if packed else below).astype(BF16)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(P_s, P_g.at[b, h, chunk])
+                plgpu.copy_smem_to_gmem(g_c, P_g.at[b, h, chunk])
 
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_c, q_out_g.at[b, tokens, h, channels])
@@ -144,12 +136,7 @@ def prepare(q, k, log_alpha, *, scale, documents=None, interpret=None):
             @pl.when(first_of_group)
             def _():
                 plgpu.copy_smem_to_gmem(k_c, k_out_g.at[b, tokens, g, channels])
-                decay_g.at[b, g, chunk, channels][...] = decay
-
-            @pl.when(step + STAGES - 1 < steps)
-            def _():
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                fetch(step + STAGES - 1)
+                decay_g.at[b, g, chunk, channels][...] = decay * (goes_through(factors_s, slot) if packed else 1.0)
 
             return P
 
@@ -157,9 +144,10 @@ def prepare(q, k, log_alpha, *, scale, documents=None, interpret=None):
         plgpu.wait_smem_to_gmem(0)
 
     tile = lambda stages: shared((stages, CHUNK, 64))
-    scratch = [tile(STAGES), tile(STAGES), tile(STAGES), shared(TILE), shared(TILE), shared(TILE), shared((PREFIX, 64))]
-    scratch += [plgpu.SMEM((64,), F32)] * 3 + [plgpu.SMEM((1,), jnp.int32)]
-    scratch += [plgpu.Barrier(num_arrivals=3, num_barriers=STAGES), plgpu.Barrier()]
+    scratch = [tile(STAGES), tile(STAGES), tile(STAGES), shared(TILE), shared(TILE, jnp.int16)]
+    scratch += [shared((8, 64)), plgpu.SMEM((64,), F32)]
+    scratch += [plgpu.Barrier(num_arrivals=3 + packed, num_barriers=STAGES), plgpu.Barrier(num_arrivals=2)]
+    scratch += [plgpu.SMEM((STAGES, SIZE), F32)] if packed else []
     scratch += [shared(TILE)] if interpreted else []
     return plgpu.kernel(
         kernel,
@@ -175,48 +163,4 @@ def prepare(q, k, log_alpha, *, scale, documents=None, interpret=None):
         kernel_name="gla_prepare",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **({"interpret": interpret} if interpreted else {}),
-    )(
-        q,
-        k,
-        log_alpha,
-        constant_rows(),
-        *masks,
-    )
-
-
-def add_slice(P, product, raw_q, raw_k, g_c, q_hat, k_hat, worst_s, row, column):
-    """P, and that of channels whose gates exceed tier 1: levels of halving blocks, then bounded blocks (tier 2) or
-    single rows (tier 3). `q_hat` and `k_hat` are used as working space."""
-    anchored = lambda half: product(anchor_matrix(half, row(), column()), g_c, TILE)
-    worst_s[...] = beyond_limit(anchored(8))
-    plgpu.commit_smem()
-    bounded = jnp.bool_(True)
-    for start in range(0, 64, 16):
-        bounded &= (worst_s[start] == 0.0) & (worst_s[start + 15] == 0.0)
-    levels = jnp.where(bounded, 2, 6)
-
-    def level(i, P):
-        half = 32 >> i
-        weight = jnp.exp(-jnp.abs(anchored(half)))
-        q_hat[...] = (jnp.where((row() & half) != 0, raw_q(), raw_k()) * weight).astype(BF16)
-        plgpu.commit_smem()
-        return pin(P + jnp.where(level_pairs(half, row(), column()), product(q_hat, q_hat.T, TILE), 0.0))
-
-    P = lax.fori_loop(0, levels, level, P)
-    D = anchored(8) * bounded.astype(F32)  # 0 in tier 3, where only the diagonal is left
-    q_hat[...], k_hat[...] = (raw_q() * jnp.exp(D)).astype(BF16), (raw_k() * jnp.exp(-D)).astype(BF16)
-    plgpu.commit_smem()
-    same = (row() ^ column()) < jnp.where(bounded, 16, 1)
-    return P + jnp.where(same & (column() <= row()), product(q_hat, k_hat.T, TILE), 0.0)
-
-
-def anchor_matrix(half, i, t):
-    """D: (D @ gates)[i] = b_i - b_m, m the middle row of i's block of 2 * half rows."""
-    m = (i & ~(2 * half - 1)) + half
-    one = lambda mask: jnp.where(mask, 1.0, 0.0)
-    return (one((t > m) & (t <= i)) - one((t > i) & (t <= m))).astype(BF16)
-
-
-def level_pairs(half, i, j):
-    """Pairs of rows with i in the right half and j in the left half of one block of 2 * half."""
-    return ((i ^ j) >= half) & ((i ^ j) < 2 * half) & (i > j)
+    )(q, k, log_alpha, jnp.asarray(table()), jnp.asarray(np.ones((8, 64), BF16)), *([documents] if packed else []))

@@ -28,7 +28,15 @@ def wide_tiles(q_shape, v_shape) -> WideTiles:
     walks, pieces, chunks = B * H * (V // 128), 1, T // CHUNK
     while walks * pieces * 2 <= MULTIPROCESSORS and chunks % (pieces * 2) == 0 and chunks // (pieces * 2) >= 8:
         pieces *= 2
-    return WideTiles(pieces=pieces)
+    prepared, finished = (_chunks_per_block(B * H, chunks, at_once=blocks) for blocks in (3, 2))
+    return WideTiles(pieces, prepared, finished)
+
+
+def _chunks_per_block(sequences: int, chunks: int, *, at_once: int) -> int:
+    """For kernels that take chunks in any order: what leaves the card's last round of blocks the least empty, with a
+    fifth of a chunk for a block to start; `at_once` blocks fit a multiprocessor."""
+    rounds = lambda n: -(-sequences * -(-chunks // n) // (at_once * MULTIPROCESSORS))
+    return min((1, 2, 3, 4, 6, 8, 12, 16), key=lambda n: rounds(n) * (n + 0.2))
 
 
 def forward_tiles(q_shape, v_shape) -> ForwardTiles:

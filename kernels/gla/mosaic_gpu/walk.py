@@ -59,6 +59,7 @@ def walk(
     read=None,
     P=None,
     entering=None,
+    leaves: bool = True,
     totals_with=None,
     snapshot_every: int = 0,
     snapshots=None,
@@ -75,13 +76,14 @@ def walk(
       P: [B, heads, T / 64, 64, 64] bf16 (i, j), weights within the chunk, or None: out gets P left going forward,
         P^T left going backward.
       entering: [B, heads, pieces, M, N] float32, the state that enters each piece (in walking order), or None for 0.
+      leaves: whether the states that leave the pieces are wanted.
       totals_with: [B, T, ., M] bf16, to be multiplied with out and summed over the tokens of each chunk; or None.
       snapshot_every: a number of chunks A. Going forward, the states before chunks A, 2A, ... are kept. Going
         backward, `snapshots` are those states, and their products with the gradients there are summed over N.
 
     Returns:
       out [N / tiles.columns, B, T, heads, M] bf16, a part per block of columns (absent without `read`);
-      leaving [B, heads, pieces, M, N] float32;
+      with `leaves`, leaving [B, heads, pieces, M, N] float32;
       with `totals_with`, [N / tiles.columns, B, heads, T / 64, M] float32;
       with `snapshot_every`, [B, heads, ceil(T / 64 / A) - 1, M, N] bf16 going forward, and going backward
       [N / tiles.columns, B, heads, ceil(T / 64 / A) - 1, M] float32.
@@ -106,7 +108,7 @@ def walk(
         entering_g = refs.pop(0) if entering is not None else None
         snapshots_g = refs.pop(0) if kept and reverse else None
         out_g = refs.pop(0) if reads else None
-        leaving_g = refs.pop(0)
+        leaving_g = refs.pop(0) if leaves else None
         totals_g = refs.pop(0) if totals_with is not None else None
         kept_g = refs.pop(0) if kept else None
         left_s, right_s, decay_s, full, free = refs[:5]
@@ -230,8 +232,9 @@ def walk(
                 return load(entering_g.at[b, h, piece, own_rows, of_block(c)], optimized=False)
 
             Z = lax.fori_loop(0, steps, body, tuple(map(first, parts)))
-            for c, z in zip(parts, Z, strict=True):
-                leaving_g.at[b, h, piece, own_rows, of_block(c)][...] = z
+            if leaves:
+                for c, z in zip(parts, Z, strict=True):
+                    leaving_g.at[b, h, piece, own_rows, of_block(c)][...] = z
             if reads:
                 plgpu.wait_smem_to_gmem(0)
 
@@ -255,7 +258,8 @@ def walk(
         scratch.append(shared((stages, CHUNK, tiles.rows)))
     if entering is not None:
         operands.append(entering)
-    out_type.append(jax.ShapeDtypeStruct((B, heads, pieces, M, N), F32))
+    if leaves:
+        out_type.append(jax.ShapeDtypeStruct((B, heads, pieces, M, N), F32))
     if totals_with is not None:
         out_type.append(jax.ShapeDtypeStruct((column_blocks, B, heads, chunks, M), F32))
     if kept and reverse:

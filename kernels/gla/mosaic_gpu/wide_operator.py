@@ -14,29 +14,33 @@ STATE = "B H K V"
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def attend(scale, return_final_state, interpret, q, k, v, log_alpha, initial_state, documents):
-    """o and the final state. Arguments as those of `wide.forward`; groups of any size, documents or None."""
-    o, final_state, *_ = _attend(scale, interpret, q, k, v, log_alpha, initial_state, documents)
+    """o and the final state (or None). Arguments as those of `wide.forward`; groups of any size, documents or None."""
+    o, final_state, _ = _attend(scale, return_final_state, interpret, q, k, v, log_alpha, initial_state, documents)
     return o, final_state
 
 
-def _attend(scale, interpret, q, k, v, log_alpha, initial_state, documents):
+def _attend(scale, return_final_state, interpret, q, k, v, log_alpha, initial_state, documents):
+    """`wide.forward` per shard."""
+
     def run(q, k, v, log_alpha, **optional):
         tiles = wide_tiles(q.shape, v.shape)
-        o, final_state, entering = forward(
-            q, k, v, log_alpha, scale=scale, tiles=tiles, interpret=interpret, **optional
-        )
-        return (o, final_state) if entering is None else (o, final_state, entering)
+        found = forward(
+            q, k, v, log_alpha, scale=scale, tiles=tiles, return_final_state=return_final_state, interpret=interpret,
+            **optional,
+        )  # fmt: skip
+        return tuple(x for x in found if x is not None)
 
     cut = wide_tiles(q.shape, v.shape).pieces > 1
-    outputs = ["B T H V", STATE, *(["B H N V K"] if cut else [])]
+    outputs = ["B T H V", *([STATE] if return_final_state else []), *(["B H N V K"] if cut else [])]
     arrays = {"q": q, "k": k, "v": v, "log_alpha": log_alpha, "initial_state": initial_state, "documents": documents}
     axes = INPUTS | {"initial_state": STATE, "documents": "B T"}
-    return _sharded(run, arrays, axes, outputs, interpret)
+    o, *found = _sharded(run, arrays, axes, outputs, interpret)
+    return o, found.pop(0) if return_final_state else None, found.pop(0) if cut else None
 
 
 def _attend_forward(scale, return_final_state, interpret, *inputs):
-    o, final_state, *entering = _attend(scale, interpret, *inputs)
-    return (o, final_state), (inputs, entering, final_state if return_final_state else None)
+    o, final_state, entering = _attend(scale, return_final_state, interpret, *inputs)
+    return (o, final_state), (inputs, entering, final_state)
 
 
 def _attend_backward(scale, return_final_state, interpret, residuals, cotangents):
@@ -48,18 +52,18 @@ def _attend_backward(scale, return_final_state, interpret, residuals, cotangents
         dq, dk, dg, dv, d_initial = backward(
             q, k, v, log_alpha, do, scale=scale, tiles=tiles, interpret=interpret, **optional
         )
-        return dq, _of_groups(dk, G), _of_groups(dv, G), _of_groups(dg, G), d_initial
+        d_state = () if d_initial is None else (d_initial,)
+        return dq, _of_groups(dk, G), _of_groups(dv, G), _of_groups(dg, G), *d_state
 
     arrays = {
         "q": q, "k": k, "v": v, "log_alpha": log_alpha, "do": do, "initial_state": initial_state,
-        "entering": entering[0] if entering else None, "final_state": final_state,
-        "final_gradient": final_gradient if return_final_state else None, "documents": documents,
+        "entering": entering, "final_state": final_state, "final_gradient": final_gradient, "documents": documents,
     }  # fmt: skip
     axes = INPUTS | {"do": "B T H V", "entering": "B H N V K", "documents": "B T"}
     axes |= dict.fromkeys(("initial_state", "final_state", "final_gradient"), STATE)
-    outputs = ["B T H K", "B T G K", "B T G V", "B T G K", STATE]
-    *gradients, d_initial = _sharded(run, arrays, axes, outputs, interpret)
-    return *gradients, None if initial_state is None else d_initial, None
+    outputs = ["B T H K", "B T G K", "B T G V", "B T G K", *([] if initial_state is None else [STATE])]
+    dq, dk, dv, dg, *d_initial = _sharded(run, arrays, axes, outputs, interpret)
+    return dq, dk, dv, dg, d_initial[0] if d_initial else None, None
 
 
 attend.defvjp(_attend_forward, _attend_backward)
