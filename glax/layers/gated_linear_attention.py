@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from glax.layers.heads import gated_output, split_heads
 from glax.layers.linear import Linear, RMSNorm
 from glax.layers.retention import log_decays
 from glax.layers.sequence_parallel import linear_attention
@@ -191,9 +192,9 @@ class GatedLinearAttention(nnx.Module):
             feature_map = FEATURE_MAPS[self.feature_map]
             q, k = feature_map(q), feature_map(k)
         return (
-            _split_heads(q, self.num_heads),
-            _split_heads(k, self.num_kv_heads),
-            _split_heads(v, self.num_kv_heads),
+            split_heads(q, self.num_heads),
+            split_heads(k, self.num_kv_heads),
+            split_heads(v, self.num_kv_heads),
             self._log_alpha(x),
             convolutions,
         )
@@ -210,14 +211,7 @@ class GatedLinearAttention(nnx.Module):
         if self.gate == "scalar":
             return log_alpha
         # The Hopper kernels take gates in the dtype of their tiles.
-        return _split_heads(log_alpha.astype(self.dtype), self.num_kv_heads)
+        return split_heads(log_alpha.astype(self.dtype), self.num_kv_heads)
 
     def _output(self, o, x):
-        o = self.o_norm(o).reshape(*x.shape[:-1], -1)
-        if self.g_proj is not None:
-            o = o * jax.nn.silu(self.g_proj(x).astype(jnp.float32))
-        return self.o_proj(o.astype(self.dtype))
-
-
-def _split_heads(x, heads):
-    return x.reshape(*x.shape[:-1], heads, -1)
+        return gated_output(o, x, self.o_norm, self.g_proj, self.o_proj)

@@ -2,13 +2,13 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from glax.layers.heads import gated_output, split_heads
 from glax.layers.linear import Linear, RMSNorm
 from glax.layers.rotary import rotate
 from glax.layers.sequence_parallel import linear_attention
@@ -63,7 +63,6 @@ class MultiScaleRetention(nnx.Module):
         self.key_width = round(hidden_size * expand_k) // num_heads
         self.value_width = round(hidden_size * expand_v) // num_heads
         self.rope_base = rope_base
-        self.dtype = dtype
         self.implementation = implementation
 
         keys, values = num_heads * self.key_width, num_heads * self.value_width
@@ -131,10 +130,8 @@ class MultiScaleRetention(nnx.Module):
 
     def _inputs(self, x, positions):
         projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        q, k, v = (y.reshape(*x.shape[:2], self.num_heads, -1) for y in projected)
+        q, k, v = (split_heads(y, self.num_heads) for y in projected)
         return rotate(q, positions, self.rope_base), rotate(k, positions, self.rope_base), v
 
     def _output(self, o, x):
-        o = self.o_norm(o).reshape(*x.shape[:2], -1)
-        o = o * jax.nn.silu(self.g_proj(x).astype(jnp.float32))
-        return self.o_proj(o.astype(self.dtype))
+        return gated_output(o, x, self.o_norm, self.g_proj, self.o_proj)

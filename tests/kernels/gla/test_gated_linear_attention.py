@@ -6,43 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from against_oracle import few_examples, outputs_and_gradients, rms
 from kernels import gated_linear_attention, gated_linear_attention_step
-
-few = functools.partial(settings, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@functools.cache
-def compiled(name):
-    """Outputs and gradients of everything, by the names of `oracle`; compiled once per shape."""
-
-    def run(differentiable, segment_ids, d_o, d_state):
-        def call(q, k, v, log_alpha, initial_state):
-            return gated_linear_attention(
-                q,
-                k,
-                v,
-                log_alpha,
-                initial_state=initial_state,
-                segment_ids=segment_ids,
-                return_final_state=True,
-                implementation=name,
-            )
-
-        outputs, vjp = jax.vjp(call, *differentiable)
-        return *outputs, *vjp((d_o, d_state))
-
-    return jax.jit(run)
 
 
 def run(gla, implementation, inputs):
-    outputs = compiled(implementation.name)(inputs.differentiable, inputs.segment_ids, inputs.d_o, inputs.d_state)
+    outputs = outputs_and_gradients(gated_linear_attention, implementation.name)(
+        inputs.differentiable, inputs.segment_ids, inputs.d_o, inputs.d_state
+    )
     return {name: x for name, x in zip(gla.OUTPUTS, outputs, strict=True) if x is not None}
 
 
-@few(max_examples=30)
+@few_examples(max_examples=30)
 @given(data=st.data())
 def test_outputs_and_gradients(gla, implementation, dtype, data):
     case = gla.CASES[
@@ -72,10 +50,10 @@ def test_states_outgrow_float16(gla, implementation):
     outputs, expected = run(gla, implementation, inputs), gla.oracle(inputs)
     assert np.max(expected["final_state"]) > 1e7
     for name in ("o", "final_state"):
-        assert gla.rms(outputs[name] - expected[name]) < 1e-3 * gla.rms(expected[name])
+        assert rms(outputs[name] - expected[name]) < 1e-3 * rms(expected[name])
 
 
-@few(max_examples=10)
+@few_examples(max_examples=10)
 @given(data=st.data())
 def test_future_is_exactly_unseen(gla, implementation, data):
     case = gla.CASES[implementation.cases[-1]]
@@ -95,7 +73,7 @@ def test_future_is_exactly_unseen(gla, implementation, data):
     np.testing.assert_array_equal(outputs["o"][:, : i + 1], np.asarray(changed["o"])[:, : i + 1])
 
 
-@few(max_examples=10)
+@few_examples(max_examples=10)
 @given(data=st.data())
 def test_segments_are_exactly_apart(gla, implementation, data):
     case = gla.CASES[implementation.cases[-1]]
@@ -153,7 +131,7 @@ def test_scale(gla, implementation):
     inputs = gla.make_inputs(gla.CASES["plain"])
     call = jax.jit(functools.partial(gated_linear_attention, scale=0.3, implementation=implementation.name))
     o = call(inputs.q, inputs.k, inputs.v, inputs.log_alpha)
-    assert gla.rms(o - gla.oracle(inputs, scale=0.3)["o"]) < 5e-6 * gla.rms(o)
+    assert rms(o - gla.oracle(inputs, scale=0.3)["o"]) < 5e-6 * rms(o)
 
 
 def test_under_vmap_remat_and_scan_over_layers(gla, implementation):
@@ -180,7 +158,7 @@ def test_under_vmap_remat_and_scan_over_layers(gla, implementation):
     looped = jax.jit(jax.grad(in_loop, argnums=(0, 1, 2, 3)))
     for example, inputs in enumerate(arrays):
         for got, want in zip(mapped, looped(*inputs), strict=True):
-            assert gla.rms(got[example] - want) < 1e-5 * gla.rms(want)
+            assert rms(got[example] - want) < 1e-5 * rms(want)
 
 
 def test_backward_memory_is_linear_in_length(gla, implementation):

@@ -7,41 +7,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from against_oracle import few_examples, outputs_and_gradients, rms
 from kernels import gated_linear_attention, retention, retention_step
 from kernels.retention import choose
 
-few = functools.partial(settings, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TOKENS = ("dq", "dk", "dv", "dlog_gamma")
 COLLECTIVE = re.compile(r" (all-gather|all-reduce|all-to-all|collective-permute|collective-broadcast|reduce-scatter)\(")
 
 
-@functools.cache
-def compiled(name):
-    """Outputs and gradients of everything, by the names of `oracle`; compiled once per shape."""
-
-    def run(differentiable, segment_ids, d_o, d_state):
-        def call(*arrays):
-            *arrays, state = arrays
-            options = {"initial_state": state, "segment_ids": segment_ids, "return_final_state": True}
-            return retention(*arrays, **options, implementation=name)
-
-        outputs, vjp = jax.vjp(call, *differentiable)
-        return *outputs, *vjp((d_o, d_state))
-
-    return jax.jit(run)
-
-
 def run(suite, implementation, inputs):
-    outputs = compiled(implementation)(inputs.differentiable, inputs.segment_ids, inputs.d_o, inputs.d_state)
+    outputs = outputs_and_gradients(retention, implementation)(
+        inputs.differentiable, inputs.segment_ids, inputs.d_o, inputs.d_state
+    )
     return {name: np.asarray(x) for name, x in zip(suite.OUTPUTS, outputs, strict=True) if x is not None}
 
 
-@few(max_examples=20)
+@few_examples(max_examples=20)
 @given(data=st.data())
 def test_outputs_and_gradients(suite, implementation, data):
     dtype = data.draw(st.sampled_from(["float32", "bfloat16"]))
@@ -58,7 +44,7 @@ def test_outputs_and_gradients(suite, implementation, data):
     suite.check(inputs, outputs, dtype)
 
 
-@few(max_examples=6)
+@few_examples(max_examples=6)
 @given(seed=st.integers(0, 99), i=st.integers(0, 128), gates=st.sampled_from(["mild", "strong", "wild"]))
 def test_future_is_exactly_unseen(suite, implementation, seed, i, gates):
     case = suite.CASES["full"]
@@ -78,7 +64,7 @@ def test_future_is_exactly_unseen(suite, implementation, seed, i, gates):
     np.testing.assert_array_equal(outputs["o"][:, : i + 1], changed["o"][:, : i + 1])
 
 
-@few(max_examples=6)
+@few_examples(max_examples=6)
 @given(seed=st.integers(0, 99), segments=st.sampled_from(["sorted", "each token", "ids come back"]))
 def test_segments_are_exactly_apart(suite, implementation, seed, segments):
     inputs = suite.make_inputs(suite.CASES["full"], seed, segments=segments)
@@ -129,7 +115,7 @@ def test_is_gated_linear_attention_with_one_gate(suite, implementation):
     o = call(inputs.q, inputs.k, inputs.v, inputs.log_gamma)
     log_alpha = jnp.broadcast_to(inputs.log_gamma[:, None], inputs.k.shape)
     want = gated_linear_attention(inputs.q, inputs.k, inputs.v, log_alpha, scale=0.3, implementation="reference")
-    assert suite.rms(o - want) < 5e-6 * suite.rms(want)
+    assert rms(o - want) < 5e-6 * rms(want)
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices: JAX_PLATFORMS=cpu with eight virtual ones")
@@ -141,7 +127,7 @@ def test_over_devices_nothing_is_exchanged(suite, implementation):
     place = lambda x, p: jax.device_put(x, NamedSharding(mesh, p))  # noqa: E731
     differentiable = tuple(place(x, p) for x, p in zip(inputs.differentiable, (*[both] * 4, state), strict=True))
     rest = place(inputs.segment_ids, rows), place(inputs.d_o, both), place(inputs.d_state, state)
-    program = compiled(implementation).lower(differentiable, *rest).compile()
+    program = outputs_and_gradients(retention, implementation).lower(differentiable, *rest).compile()
     assert not COLLECTIVE.search(program.as_text())
     outputs = dict(zip(suite.OUTPUTS, program(differentiable, *rest), strict=True))
     assert all(x.addressable_shards[0].data.size * 8 == x.size for x in outputs.values())

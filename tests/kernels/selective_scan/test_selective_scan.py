@@ -6,40 +6,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from against_oracle import few_examples, outputs_and_gradients
 from kernels import selective_scan, selective_scan_step
 from kernels.selective_scan import choose
 
-few = functools.partial(settings, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TOKENS = ("dx", "ddt", "dB", "dC")
 
 
-@functools.cache
-def compiled(name):
-    """Outputs and gradients of everything, by the names of `oracle`; compiled once per shape."""
-
-    def run(differentiable, segment_ids, d_y, d_state):
-        def call(*arrays):
-            *arrays, state = arrays
-            options = {"initial_state": state, "segment_ids": segment_ids, "return_final_state": True}
-            return selective_scan(*arrays, **options, implementation=name)
-
-        outputs, vjp = jax.vjp(call, *differentiable)
-        return *outputs, *vjp((d_y, d_state))
-
-    return jax.jit(run)
-
-
 def run(scan, implementation, inputs):
-    outputs = compiled(implementation)(inputs.differentiable, inputs.segment_ids, inputs.d_y, inputs.d_state)
+    outputs = outputs_and_gradients(selective_scan, implementation)(
+        inputs.differentiable, inputs.segment_ids, inputs.d_y, inputs.d_state
+    )
     return {name: np.asarray(x) for name, x in zip(scan.OUTPUTS, outputs, strict=True) if x is not None}
 
 
-@few(max_examples=25)
+@few_examples(max_examples=25)
 @given(data=st.data())
 def test_outputs_and_gradients(scan, implementation, data):
     dtype = data.draw(st.sampled_from(["float32", "bfloat16"]))
@@ -56,7 +42,7 @@ def test_outputs_and_gradients(scan, implementation, data):
     scan.check(inputs, outputs, dtype)
 
 
-@few(max_examples=6)
+@few_examples(max_examples=6)
 @given(seed=st.integers(0, 99), i=st.integers(0, 68), steps=st.sampled_from(["mamba", "wild"]))
 def test_future_is_exactly_unseen(scan, implementation, seed, i, steps):
     case = scan.CASES["full"]
@@ -74,7 +60,7 @@ def test_future_is_exactly_unseen(scan, implementation, seed, i, steps):
     np.testing.assert_array_equal(outputs["y"][:, : i + 1], changed["y"][:, : i + 1])
 
 
-@few(max_examples=6)
+@few_examples(max_examples=6)
 @given(seed=st.integers(0, 99), segments=st.sampled_from(["sorted", "each token", "ids come back"]))
 def test_segments_are_exactly_apart(scan, implementation, seed, segments):
     inputs = scan.make_inputs(scan.CASES["full"], seed, segments=segments)
@@ -128,7 +114,7 @@ def test_over_devices_nothing_is_gathered(scan, implementation):
     place = lambda x, p: jax.device_put(x, NamedSharding(mesh, p))  # noqa: E731
     differentiable = tuple(place(x, p) for x, p in zip(inputs.differentiable, partition, strict=True))
     rest = place(inputs.segment_ids, rows), place(inputs.d_y, both), place(inputs.d_state, partition[-1])
-    program = compiled(implementation).lower(differentiable, *rest).compile()
+    program = outputs_and_gradients(selective_scan, implementation).lower(differentiable, *rest).compile()
     assert not any(word in program.as_text() for word in (" all-gather(", " all-to-all(", " collective-permute("))
     outputs = dict(zip(scan.OUTPUTS, program(differentiable, *rest), strict=True))
     assert outputs["y"].addressable_shards[0].data.size * 8 == outputs["y"].size
