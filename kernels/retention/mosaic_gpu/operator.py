@@ -10,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from ...dispatch import compute_capability
 from ...gla.partition import shard_over_batch_and_heads
@@ -78,40 +79,56 @@ def _attend(scale, interpret, q, k, v, log_gamma, state):
 
 
 def _attend_forward(scale, interpret, *inputs):
-    o, final_state = _attend(scale, interpret, *inputs)
-    return (o, final_state), (inputs, final_state)
+    log_gamma = inputs[3]
+    values = tuple(x if x is None else x.value for x in inputs)
+    o, final_state = _attend(scale, interpret, *values)
+    # The end of what the gradient of decays is summed from; fixed decays, as RetNet's are, have none.
+    return (o, final_state), (values, final_state if log_gamma.perturbed else None)
 
 
 def _attend_backward(scale, interpret, residuals, cotangents):
     (q, k, v, log_gamma, state), final_state = residuals
-    do, d_final = cotangents
+    do, d_final = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
+    do = jnp.zeros(v.shape, v.dtype) if do is None else do
+    fixed = final_state is None
 
-    def run(q, k, v, log_gamma, do, final_state, d_final, state=None):
+    def run(q, k, v, log_gamma, do, final_state=None, d_final=None, state=None):
         forward, backward = (_factors(log_gamma, scale, reverse=reverse) for reverse in (False, True))
-        options = {"scale": scale, "every": ANCHOR, "interpret": interpret}
-        dv, _ = walk(
-            do, q, k, backward, reverse=True, scale=scale, entering=d_final.swapaxes(2, 3), interpret=interpret
-        )
+        options = {"scale": scale, "interpret": interpret}
+        d_final_T = None if d_final is None else d_final.swapaxes(2, 3)
+        dv, _ = walk(do, q, k, backward, reverse=True, entering=d_final_T, **options)
+        if fixed:
+            dq, _ = walk(k, v, do, forward, reverse=False, entering=state, **options)
+            dk, d_state = walk(q, do, v, backward, reverse=True, entering=d_final, **options)
+            return _summed(dq), _summed(dk), _summed(dv), d_state
+        options["every"] = ANCHOR
         dq, _, given, *kept = walk(k, v, do, forward, reverse=False, entering=state, totals_with=q, **options)
         kept = kept[0] if kept else None
         dk, d_state, taken, *crossing = walk(
             q, do, v, backward, reverse=True, entering=d_final, totals_with=k, kept=kept, **options
         )
-        rounded = jax.lax.reduce_precision(d_final, exponent_bits=8, mantissa_bits=7)  # as the walk reads it
-        crossing = [x.sum((0, -1)) for x in crossing] + [jnp.sum(final_state * rounded, (2, 3))[..., None]]
+        at_end = jnp.zeros((*final_state.shape[:2], 1))
+        if d_final is not None:
+            rounded = jax.lax.reduce_precision(d_final, exponent_bits=8, mantissa_bits=7)  # as the walk reads it
+            at_end = jnp.sum(final_state * rounded, (2, 3))[..., None]
+        crossing = [x.sum((0, -1)) for x in crossing] + [at_end]
         d_gates = _gate_gradient(log_gamma, given.sum((0, 1)) - taken.sum((0, 1)), jnp.concatenate(crossing, 2))
-        return _summed(dq), _summed(dk), _summed(dv), d_gates, d_state
+        return _summed(dq), _summed(dk), _summed(dv), d_state, d_gates
 
-    names = ["B T H K", "B T H K", "B T H V", "B T H", "B T H V", "B H K V", "B H K V"]
-    arrays = [q, k, v, log_gamma, do, final_state, d_final]
-    if state is not None:
-        names, arrays = [*names, "B H K V"], [*arrays, state]
-    outputs = ["B T H K", "B T H K", "B T H V", "B T H", "B H K V"]
-    dq, dk, dv, d_gates, d_state = _sharded(run, names, outputs, interpret)(*arrays)
-    return dq, dk, dv, d_gates, (None if state is None else d_state)
+    axes = {"q": "B T H K", "k": "B T H K", "v": "B T H V", "log_gamma": "B T H", "do": "B T H V"}
+    axes |= dict.fromkeys(("final_state", "d_final", "state"), "B H K V")
+    arrays = {"q": q, "k": k, "v": v, "log_gamma": log_gamma, "do": do}
+    arrays |= {"final_state": final_state, "d_final": d_final, "state": state}
+    arrays = {name: x for name, x in arrays.items() if x is not None}
+    outputs = ["B T H K", "B T H K", "B T H V", "B H K V", *([] if fixed else ["B T H"])]
+    call = lambda *given: run(**dict(zip(arrays, given, strict=True)))
+    dq, dk, dv, d_state, *d_gates = _sharded(call, [axes[name] for name in arrays], outputs, interpret)(
+        *arrays.values()
+    )
+    return dq, dk, dv, (None if fixed else d_gates[0]), (None if state is None else d_state)
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+_attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
 
 
 def _factors(log_gamma, scale, *, reverse):

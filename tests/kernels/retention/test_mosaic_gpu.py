@@ -65,6 +65,25 @@ def test_outputs_and_gradients(suite, run, shape, gates, segments):
     suite.check(inputs, run(inputs), "bfloat16")
 
 
+def test_fixed_decays_take_no_sums_for_their_gradient(suite):
+    """Where log_gamma has no gradient, that of q, k and v is the same, and neither walk adds anything up for it."""
+    inputs = make_inputs(suite, "two warpgroups, padded widths", "retnet", "one")
+    q, k, v, log_gamma, _ = inputs.differentiable
+    log_gamma = jnp.broadcast_to(log_gamma, q.shape[:3])
+
+    def loss(q, k, v, log_gamma):
+        o = mosaic_gpu.retention(q, k, v, log_gamma, scale=q.shape[-1] ** -0.5, interpret=INTERPRET)
+        return jnp.sum(o.astype(jnp.float32) * inputs.d_o.astype(jnp.float32))
+
+    fixed, learned = jax.grad(loss, (0, 1, 2)), jax.grad(loss, (0, 1, 2, 3))
+    sums = ["f32[1,2,1,1,128]" in str(jax.make_jaxpr(run)(q, k, v, log_gamma)) for run in (fixed, learned)]
+    assert sums == [False, True]
+    expected = jax.jit(learned)(q, k, v, log_gamma)
+    for one, other in zip(jax.jit(fixed)(q, k, v, log_gamma), expected[:3], strict=True):
+        one, other = (np.asarray(x, np.float64) for x in (one, other))
+        assert suite.rms(one - other) < 3e-3 * suite.rms(other)
+
+
 def test_future_and_other_segments_are_exactly_unseen(suite, run):
     inputs = make_inputs(suite, "three spans", "mild", "one")
     tokens = np.arange(300)
