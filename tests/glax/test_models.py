@@ -10,7 +10,7 @@ from flax import nnx
 
 from glax.errors import UserError
 from glax.models import PRESETS, LanguageModel, ModelConfig
-from glax.models.blocks import MIXERS
+from glax.models.blocks import MIXERS, Block
 from glax.models.config import Mixer
 
 TINY = ModelConfig(
@@ -86,6 +86,26 @@ def test_scan_and_remat_change_nothing(plain, changes: dict):
     np.testing.assert_allclose(value, plain[0], rtol=1e-6)
     for name, gradient in by_layer(gradients).items():
         np.testing.assert_allclose(gradient, plain[1][name], atol=2e-6, err_msg=name)
+
+
+def test_one_gpu_runs_stacked_blocks_one_by_one(monkeypatch):
+    """And however many there are, one is traced."""
+    config = dataclasses.replace(TINY, scan_layers=True, mixer="attention", attention_layers=(), attention_window=None)
+    model = jax.eval_shape(lambda: model_of(config))
+    traced, forward = [], Block._forward
+
+    def scans(model):
+        jax.clear_caches()
+        monkeypatch.setattr(Block, "_forward", lambda *arguments: traced.append(1) or forward(*arguments))
+        return " scan[" in str(jax.make_jaxpr(lambda model: model.hidden(TOKENS))(model))
+
+    assert scans(model)
+    monkeypatch.setattr("glax.models.blocks.platform_of", lambda x: "gpu")
+    traced.clear()
+    assert not scans(model) and traced == [1]
+    mesh = jax.sharding.AbstractMesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.sharding.use_abstract_mesh(mesh):  # each layer's kernels would be partitioned anew
+        assert scans(model)
 
 
 def test_remat_keeps_less():
