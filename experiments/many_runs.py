@@ -4,12 +4,15 @@ Batches are made on the device by a function of the seed and the step, so runs o
 the model and the learning rate.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -51,10 +54,11 @@ class Training:
 
 
 class ManyRuns:
-    """Models of ``config``, trained on ``loss`` of batches ``sample(key, data)``.
+    """Models ``model(config)``, trained on ``loss`` of batches ``sample(key, data)``.
 
     Attributes:
         runs: (learning rate, seed) of each.
+        data: what batches are drawn from; it may be replaced between steps.
         step: steps done.
         params: parameters, with a leading axis of runs.
     """
@@ -69,11 +73,13 @@ class ManyRuns:
         data: PyTree,
         learning_rates: tuple[float, ...],
         seeds: tuple[int, ...],
+        model: Callable[..., LanguageModel] = LanguageModel,
     ):
+        self._model = model
         self.config, self.training, self.data = config, training, data
         self.runs = tuple(itertools.product(learning_rates, seeds))
         self.step = 0
-        graph, abstract = jax.eval_shape(lambda: nnx.split(LanguageModel(config, rngs=nnx.Rngs(0)), nnx.Param))
+        graph, abstract = jax.eval_shape(lambda: nnx.split(model(config, rngs=nnx.Rngs(0)), nnx.Param))
         axes = nnx.to_pure_dict(
             jax.tree.map(
                 lambda parameter: jax.sharding.PartitionSpec(*parameter.get_metadata("out_sharding")),
@@ -87,22 +93,40 @@ class ManyRuns:
         self._rates = jnp.array([rate for rate, _ in self.runs], jnp.float32)
         self._keys = jax.vmap(jax.random.key)(jnp.array([seed for _, seed in self.runs]))
         self.params, self._moments = jax.jit(jax.vmap(self._initial))(self._keys)
-        self._advance = jax.jit(self._scan, static_argnames="count", donate_argnums=(0, 1))
+        self._programs = {}
 
     def build(self, params: PyTree) -> LanguageModel:
         """The model with these parameters."""
         return nnx.merge(self._graph, nnx.State(params))
 
-    def train(self, steps_per_call: int, copy: Path | None = None) -> Iterator[Float[np.ndarray, "steps runs"]]:
-        """Losses, ``steps_per_call`` steps at a time. With ``copy``, a file, continues where an earlier try was."""
-        if copy is not None and copy.exists():
+    def compile(self, count: int, *data: PyTree) -> None:
+        """Compiles the program of ``count`` steps on each of ``data`` (None given: on the runs' own), side by side."""
+        wanted = {self._program_key(count, of): of for of in data or (self.data,)}
+        advance = jax.jit(self._scan, static_argnames="count", donate_argnums=(0, 1))
+        lowered = [
+            advance.lower(self.params, self._moments, of, jnp.int32(0), count=count)
+            for key, of in wanted.items()
+            if key not in self._programs
+        ]
+        missing = [key for key in wanted if key not in self._programs]
+        with ThreadPoolExecutor() as threads:
+            self._programs.update(zip(missing, threads.map(lambda program: program.compile(), lowered), strict=True))
+
+    def train(
+        self, steps_per_call: int, copy: Path | None = None, until: int | None = None
+    ) -> Iterator[Float[np.ndarray, "steps runs"]]:
+        """Losses, ``steps_per_call`` steps at a time, up to step ``until`` (None: the last).
+
+        With ``copy``, a file, continues where an earlier try was.
+        """
+        if copy is not None and copy.exists() and self.step == 0:
             self._restore(copy)
-        copied = time.monotonic()
-        while self.step < self.training.steps:
-            count = min(steps_per_call, self.training.steps - self.step)
-            self.params, self._moments, losses = self._advance(
-                self.params, self._moments, self.data, jnp.int32(self.step), count=count
-            )
+        until, copied = min(until or self.training.steps, self.training.steps), time.monotonic()
+        while self.step < until:
+            count = min(steps_per_call, until - self.step)
+            self.compile(count)
+            program = self._programs[self._program_key(count, self.data)]
+            self.params, self._moments, losses = program(self.params, self._moments, self.data, jnp.int32(self.step))
             self.step += count
             yield np.asarray(losses)
             if copy is not None and time.monotonic() - copied > SECONDS_BETWEEN_COPIES:
@@ -113,8 +137,12 @@ class ManyRuns:
         """``metrics(model, batch)`` of each run, averaged over ``batches``, whose leaves have a leading axis for it."""
         return jax.tree.map(np.asarray, _averaged(self, metrics, self.params, batches))
 
+    @staticmethod
+    def _program_key(count, data):
+        return count, tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(data))
+
     def _initial(self, key):
-        model = LanguageModel(self.config, rngs=nnx.Rngs(key))
+        model = self._model(self.config, rngs=nnx.Rngs(key))
         params = nnx.to_pure_dict(nnx.split(model, nnx.Param)[1])
         return params, self._optimizer.init(params)
 
@@ -162,6 +190,19 @@ def _averaged(runs: ManyRuns, metrics: Callable, params: PyTree, batches: Batch)
         return jax.tree.map(lambda x: jnp.mean(x, 0), means)
 
     return jax.vmap(of_run)(params)
+
+
+@contextlib.contextmanager
+def turn(lock: Path | None) -> Iterator[None]:
+    """Waits until no other process is inside with the same lock file: one GPU, several processes that compile at once
+    and train one after the other. None: no waiting."""
+    if lock is None:
+        yield
+        return
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield  # closing the file, or the end of the process, gives the lock back
 
 
 def text_windows(length: int, rows: int) -> Sample:

@@ -6,14 +6,16 @@ The paper's first task, on a GPU (--task l512 for the second), all models, width
 
     --task l256 --models gla,retnet,mamba,transformer --widths 64,128,256,512
 
-All learning rates and seeds of one model and width train in one program; a row of the JSON appears when it is done, and
-the same command continues after the rows that are there. A program ends early when for every seed some learning rate
-is above 0.99. "best" in a row is the learning rate with the highest mean accuracy over the seeds.
+All learning rates and seeds of one model and width train in one program; its row in the JSON is renewed at each look at
+the test accuracy, and the same command continues with what is not finished. A program ends early when for every seed
+some learning rate is above 0.99. "best" in a row is the learning rate with the highest mean accuracy over the seeds.
+Several such commands share a GPU with --turn.
 
 As in Zoology: 100,000 training and 3,000 test examples, AdamW with weight decay 0.1 and a cosine to 0 without warm-up,
 no MLP, tied embeddings, two layers for attention and four for the others. Not as there: RMSNorm for LayerNorm, rotary
 positions in attention for learned ones, gradients clipped at norm 1, batches drawn with replacement, and on a GPU
-bfloat16 products; --dtype float32 has them exact.
+bfloat16 products; --dtype float32 has them exact. Two options, the same for every model, find recall in far fewer steps
+and are in Zoology's later experiments: --convolution, and --curriculum, shorter rows of fewer pairs first.
 """
 
 import dataclasses
@@ -26,13 +28,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from glax.errors import UserError, exit_code
+from glax.layers import Linear, RMSNorm, ShortConvolution
 from glax.models import LanguageModel, ModelConfig
-from many_runs import ManyRuns, Training
+from many_runs import ManyRuns, Training, turn
 from results_file import ResultsFile, plot
 
+CONV_WIDTH = 4
 PAPER_RATES = (1e-4, 4.64e-4, 2.15e-3, 1e-2)
 MODELS = {
     "gla": {"mixer": "gla", "num_layers": 4},
@@ -63,6 +68,11 @@ class Task:
 
     train_examples: int = 100_000
     test_examples: int = 3_000
+
+    def shortened(self, times: int) -> "Task":
+        """The same tokens and pairs in a step, in rows that are ``times`` shorter."""
+        changes = {"length": self.length // times, "pairs": self.pairs // times, "batch": self.batch * times}
+        return dataclasses.replace(self, **changes)
 
 
 TASKS = {
@@ -103,11 +113,44 @@ class Arguments:
     implementation: str | None = None
     """Kernel of the recurrent models. None: the fastest that runs here."""
 
+    convolution: bool = False
+    """A causal convolution layer of 4 taps in front of the first block of every model: what it takes to see the token
+    before need not be learned by the mixers, and recall is found in hundreds of steps. Zoology's later experiments have
+    one before every mixer."""
+
+    initial_std: float = 0.02
+    """Of the initial matrices."""
+
+    curriculum: str = ""
+    """Comma-separated TIMES:SHARE: for this share of the steps rows are so many times shorter, with so many times fewer
+    pairs, and so many times more of them in a step. The paper's task follows. E.g. 4:0.3,2:0.2."""
+
     evaluate_every: int = 100
     """Steps between looks at the test accuracy."""
 
+    turn: Path | None = None
+    """A file: commands that name the same one compile side by side and train one after the other."""
+
     results: Path = Path("runs/mqar")
     """Folder of mqar.json and mqar.png."""
+
+
+class ConvolvedModel(LanguageModel):
+    """A language model with a convolution layer in front of its first block: x + silu(conv(norm(x) W)) W', x the
+    embeddings, conv causal with 4 taps for each channel."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        width, dtype = config.hidden_size, config.dtype
+        options = {"std": config.initializer_range, "dtype": dtype, "rngs": rngs}
+        self.conv_norm = RMSNorm(width, axes=("embed",), eps=config.norm_eps, dtype=dtype)
+        self.conv_in = Linear(width, width, axes=("embed", "mlp"), **options)
+        self.conv = ShortConvolution(width, CONV_WIDTH, axis="mlp", dtype=dtype, rngs=rngs)
+        self.conv_out = Linear(width, width, axes=("mlp", "embed"), **options)
+
+    def _embed(self, tokens):
+        x = super()._embed(tokens)
+        return x + self.conv_out(self.conv(self.conv_in(self.conv_norm(x)))[0])
 
 
 class Examples(NamedTuple):
@@ -155,19 +198,37 @@ def model_config(model: str, width: int, task: Task, arguments: Arguments) -> Mo
         num_heads=2,
         mlp_size=0,
         tie_embeddings=True,
+        initializer_range=arguments.initial_std,
         compute_dtype=dtype,
         implementation=arguments.implementation,
         **MODELS[model],
     )
 
 
-def sweep(model: str, width: int, task: Task, arguments: Arguments, data: tuple[Examples, Examples]) -> dict:
-    """Trains every learning rate and seed of one model and width: a row of the results."""
-    train, test = data
+def curriculum(task: Task, arguments: Arguments) -> list[tuple[Task, int]]:
+    """The tasks to train on, each up to a step; the last is ``task``."""
+    stages, step = [], 0
+    for stage in filter(None, arguments.curriculum.split(",")):
+        try:
+            times, share = int(stage.split(":")[0]), float(stage.split(":")[1])
+            step += round(share * task.steps / arguments.evaluate_every) * arguments.evaluate_every
+        except (ValueError, IndexError) as error:
+            raise UserError(f'curriculum has "{stage}": write TIMES:SHARE, such as 4:0.3') from error
+        if times < 1 or task.pairs % times or task.length % times or not 0 < step < task.steps:
+            raise UserError(
+                f'curriculum has "{stage}": TIMES divides length and pairs, and shares of the steps sum to less than 1'
+            )
+        stages.append((task.shortened(times), step))
+    return [*stages, (task, task.steps)]
+
+
+def sweep(model: str, width: int, task: Task, arguments: Arguments, data: "Data", results: ResultsFile) -> None:
+    """Trains every learning rate and seed of one model and width, and keeps their row of the results up to date."""
     config = model_config(model, width, task, arguments)
 
     def sample(key, rows):
-        chosen = jax.random.randint(key, (task.batch,), 0, task.train_examples)
+        count, length = rows.tokens.shape
+        chosen = jax.random.randint(key, (task.batch * task.length // length,), 0, count)
         return jax.tree.map(lambda x: x[chosen], rows)
 
     rates = learning_rates(arguments)
@@ -176,43 +237,72 @@ def sweep(model: str, width: int, task: Task, arguments: Arguments, data: tuple[
         sample,
         lambda model, rows: loss_and_accuracy(model, rows)[0],
         Training(steps=task.steps, weight_decay=0.1, beta2=0.999),
-        data=train,
+        data=data.train[-1],
         learning_rates=rates,
         seeds=tuple(range(arguments.seeds)),
+        model=ConvolvedModel if arguments.convolution else LanguageModel,
     )
-    size = min(256, task.test_examples)
-    batches = jax.tree.map(lambda x: x[: len(x) // size * size].reshape(-1, size, *x.shape[1:]), test)
-    copy = arguments.results / f"{model}-{width}.npz"
-    started, curve = time.monotonic(), []
-    for losses in runs.train(arguments.evaluate_every, copy):
-        _, accuracy = runs.evaluate(loss_and_accuracy, batches)
-        accuracy = accuracy.reshape(len(rates), arguments.seeds)
-        curve.append({"step": runs.step, "accuracy": accuracy.round(4).tolist(), "loss": losses[-1].round(4).tolist()})
-        print(
-            f"{model} {width}: step {runs.step}/{task.steps}, loss {losses[-1].min():.3f}, "
-            f"accuracy {accuracy.max():.3f}, {time.monotonic() - started:.0f} s",
-            flush=True,
-        )
-        if np.all(accuracy.max(0) > 0.99):
-            break
+    size = min(250, task.test_examples)
+    batches = jax.tree.map(lambda x: x[: len(x) // size * size].reshape(-1, size, *x.shape[1:]), data.test)
+    runs.compile(min(arguments.evaluate_every, task.steps), *data.train)
+    runs.evaluate(loss_and_accuracy, batches)
+
+    copy, row = arguments.results / f"{model}-{width}.npz", results.find(model=model, width=width)
+    curve = row["curve"] if row and copy.exists() else []
+    with turn(arguments.turn):
+        started = time.monotonic()
+        for rows, until in zip(data.train, data.until, strict=True):
+            runs.data = rows
+            for losses in runs.train(arguments.evaluate_every, copy, until):
+                _, accuracy = runs.evaluate(loss_and_accuracy, batches)
+                accuracy = accuracy.reshape(len(rates), arguments.seeds)
+                loss = losses.mean(0).reshape(accuracy.shape)
+                point = {"step": runs.step, "accuracy": accuracy.round(4).tolist(), "loss": loss.round(4).tolist()}
+                curve = [*(point for point in curve if point["step"] < runs.step), point]
+                best, solved = int(np.argmax(accuracy.mean(1))), bool(np.all(accuracy.max(0) > 0.99))
+                seconds = time.monotonic() - started
+                print(
+                    f"{model} {width}: step {runs.step}/{task.steps}, loss {loss.mean(1).round(3).tolist()}, "
+                    f"accuracy {accuracy.mean(1).round(3).tolist()}, {seconds:.1f} s",
+                    flush=True,
+                )
+                now = {
+                    "model": model,
+                    "width": width,
+                    "finished": solved or runs.step == task.steps,
+                    "parameters": sum(leaf[0].size for leaf in jax.tree.leaves(runs.params)),
+                    "layers": config.num_layers,
+                    "dtype": config.compute_dtype,
+                    "steps": runs.step,
+                    "learning_rates": rates,
+                    "seeds": arguments.seeds,
+                    "accuracy": accuracy.round(4).tolist(),
+                    "best_learning_rate": rates[best],
+                    "best_accuracy": float(accuracy[best].mean().round(4)),
+                    "best_accuracy_by_seed": accuracy[best].round(4).tolist(),
+                    "curve": curve,
+                    "seconds": round(seconds, 1),
+                }
+                row = results.add(now, replacing=row)
+                if solved:
+                    copy.unlink(missing_ok=True)
+                    return
     copy.unlink(missing_ok=True)
-    best = int(np.argmax(accuracy.mean(1)))
-    return {
-        "model": model,
-        "width": width,
-        "parameters": config.num_parameters(),
-        "layers": config.num_layers,
-        "dtype": config.compute_dtype,
-        "steps": runs.step,
-        "learning_rates": rates,
-        "seeds": arguments.seeds,
-        "accuracy": accuracy.round(4).tolist(),
-        "best_learning_rate": rates[best],
-        "best_accuracy": float(accuracy[best].mean().round(4)),
-        "best_accuracy_by_seed": accuracy[best].round(4).tolist(),
-        "curve": curve,
-        "seconds": round(time.monotonic() - started, 1),
-    }
+
+
+class Data(NamedTuple):
+    """Examples to train on, of each stage of the curriculum up to a step, and those to test on."""
+
+    train: list[Examples]
+    until: list[int]
+    test: Examples
+
+
+def make_data(task: Task, arguments: Arguments) -> Data:
+    """Examples of the test are no training examples but by chance: the seeds differ."""
+    stages = curriculum(task, arguments)
+    train = [examples(1, stage.train_examples, stage) for stage, _ in stages]
+    return Data(train, [until for _, until in stages], examples(2, task.test_examples, task))
 
 
 def learning_rates(arguments: Arguments) -> tuple[float, ...]:
@@ -249,19 +339,22 @@ def run(arguments: Arguments) -> None:
         if model not in MODELS:
             raise UserError(f'models has "{model}": choose from {", ".join(MODELS)}')
     rates = learning_rates(arguments)
+    curriculum(task, arguments)
     for model in models:
         for width in widths:
             model_config(model, width, task, arguments)  # refuses what makes no model, before anything is trained
     settings = {"task": dataclasses.asdict(task), "learning_rates": rates, "seeds": arguments.seeds}
-    settings |= {"dtype": arguments.dtype, "implementation": arguments.implementation}
+    settings |= {
+        name: getattr(arguments, name)
+        for name in ("dtype", "implementation", "convolution", "initial_std", "curriculum")
+    }
     results = ResultsFile(arguments.results / "mqar.json", settings)
     data = None
     for width in widths:
         for model in models:
-            if results.find(model=model, width=width) is None:
-                # Examples of the test are no training examples but by chance: the seeds differ.
-                data = data or (examples(1, task.train_examples, task), examples(2, task.test_examples, task))
-                results.add(sweep(model, width, task, arguments, data))
+            if results.find(model=model, width=width, finished=True) is None:
+                data = data or make_data(task, arguments)
+                sweep(model, width, task, arguments, data, results)
             row = results.find(model=model, width=width)
             print(
                 f"{model} {width}: accuracy {row['best_accuracy']:.3f} (by seed {row['best_accuracy_by_seed']}) at "

@@ -36,13 +36,21 @@ class ResultsFile:
         """The row that has these fields."""
         return next((row for row in self.rows if all(row.get(k) == v for k, v in fields.items())), None)
 
-    def add(self, row: Row) -> None:
-        """Append a row (``ran_on`` in it is the index in the file's list) and write the file, whole or not at all."""
-        self.rows.append({**row, "ran_on": len(self.content["ran_on"]) - 1})
+    def add(self, row: Row, replacing: Row | None = None) -> Row:
+        """Append a row, or put it where another one is, and write the file, whole or not at all.
+
+        Returns the row in the file: ``ran_on`` in it is the index in the file's list.
+        """
+        row = {**row, "ran_on": len(self.content["ran_on"]) - 1}
+        if replacing is None:
+            self.rows.append(row)
+        else:
+            self.rows[self.rows.index(replacing)] = row
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f".{self.path.name}.partial")
         partial.write_text(json.dumps(self.content, indent=1) + "\n")
         os.replace(partial, self.path)
+        return row
 
     def _continue(self, settings: dict[str, Any]) -> None:
         try:
