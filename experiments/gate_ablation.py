@@ -25,11 +25,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from byte_text import VOCABULARY, ByteText, load_text, window_loss
+from byte_text import VOCABULARY, ByteModel, ByteText, load_text, window_loss
 
 from glax.errors import UserError, exit_code
 from glax.models import ModelConfig
-from many_runs import ManyRuns, Training, text_windows
+from many_runs import ManyRuns, Training, text_windows, turn
 from results_file import ResultsFile, plot
 
 VARIANTS = {
@@ -78,6 +78,9 @@ class Arguments:
     implementation: str | None = None
     """Kernel of the recurrence. None: the fastest that runs here."""
 
+    turn: Path | None = None
+    """A file: commands that name the same one compile side by side and train one after the other."""
+
     results: Path = Path("runs/gate_ablation")
     """Folder of gate_ablation.json and gate_ablation.png."""
 
@@ -107,17 +110,24 @@ def train(variant: str, arguments: Arguments, text: ByteText) -> dict:
         data=jnp.asarray(text.train),
         learning_rates=(arguments.learning_rate,),
         seeds=tuple(range(arguments.seeds)),
+        model=ByteModel,
     )
     held_out = text.held_out_windows(arguments.length, arguments.batch, 32)
-    started, losses = time.monotonic(), []
     copy = arguments.results / f"{variant}.npz".replace(" ", "-")
-    for piece in runs.train(max(1, arguments.steps // 10), copy):
-        losses.append(piece)
-        print(
-            f"{variant}: step {runs.step}/{arguments.steps}, loss {piece[-1].mean():.4f}, "
-            f"{time.monotonic() - started:.0f} s",
-            flush=True,
-        )
+    piece_steps = max(1, arguments.steps // 10)
+    runs.compile(piece_steps)
+    runs.evaluate(window_loss, held_out)
+    with turn(arguments.turn):
+        started, losses = time.monotonic(), []
+        for piece in runs.train(piece_steps, copy):
+            losses.append(piece.astype(float))
+            print(
+                f"{variant}: step {runs.step}/{arguments.steps}, loss {piece[-1].mean():.4f}, "
+                f"{time.monotonic() - started:.0f} s",
+                flush=True,
+            )
+        held_out_losses = runs.evaluate(window_loss, held_out).astype(float)
+        seconds = time.monotonic() - started
     copy.unlink(missing_ok=True)
     losses = np.concatenate(losses)
     last = losses[-max(1, arguments.steps // 10) :].mean(0)
@@ -126,9 +136,9 @@ def train(variant: str, arguments: Arguments, text: ByteText) -> dict:
         "parameters": config.num_parameters(),
         "tokens": arguments.steps * arguments.batch * arguments.length,
         "training_perplexity": np.exp(last).round(4).tolist(),
-        "held_out_perplexity": np.exp(runs.evaluate(window_loss, held_out)).round(4).tolist(),
+        "held_out_perplexity": np.exp(held_out_losses).round(4).tolist(),
         "training_loss": losses[:: max(1, arguments.steps // 100)].mean(1).round(4).tolist(),
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": round(seconds, 1),
     }
 
 
@@ -158,7 +168,7 @@ def run(arguments: Arguments) -> None:
     if min(arguments.steps, arguments.seeds, arguments.length, arguments.batch) < 1:
         raise UserError("steps, seeds, length and batch must be at least 1")
     text = load_text(arguments.data)
-    left_out = ("variants", "results", "data")
+    left_out = ("variants", "results", "data", "turn")
     settings = {name: value for name, value in dataclasses.asdict(arguments).items() if name not in left_out}
     results = ResultsFile(arguments.results / "gate_ablation.json", settings | text.described(), paper=PAPER)
     for variant in variants:

@@ -29,12 +29,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from byte_text import VOCABULARY, ByteText, load_text, token_losses, window_loss
+from byte_text import VOCABULARY, ByteModel, ByteText, load_text, token_losses, window_loss
 from jaxtyping import Array, Float, Int
 
 from glax.errors import UserError, exit_code
 from glax.models import LanguageModel, ModelConfig
-from many_runs import ManyRuns, Training, text_windows
+from many_runs import ManyRuns, Training, text_windows, turn
 from results_file import ResultsFile, plot
 
 
@@ -74,6 +74,9 @@ class Arguments:
 
     implementation: str | None = None
     """Kernel of the recurrent models. None: the fastest that runs here."""
+
+    turn: Path | None = None
+    """A file: commands that name the same one compile side by side and train one after the other."""
 
     results: Path = Path("runs/length_extrapolation")
     """Folder of length_extrapolation.json and length_extrapolation.png."""
@@ -151,16 +154,8 @@ def train(training: str, arguments: Arguments, text: ByteText) -> dict:
         data=jnp.asarray(text.train),
         learning_rates=(arguments.learning_rate,),
         seeds=tuple(range(arguments.seeds)),
+        model=ByteModel,
     )
-    started = time.monotonic()
-    copy = arguments.results / f"{training}.npz".replace(":", "-")
-    for piece in runs.train(max(1, arguments.steps // 5), copy):
-        print(
-            f"{training}: step {runs.step}/{arguments.steps}, loss {piece[-1].mean():.4f}, "
-            f"{time.monotonic() - started:.0f} s",
-            flush=True,
-        )
-    copy.unlink(missing_ok=True)
     bucket = max(1, arguments.length // 2)
 
     def by_position(model, windows):
@@ -168,7 +163,21 @@ def train(training: str, arguments: Arguments, text: ByteText) -> dict:
         return jnp.mean(losses.reshape(len(windows), -1, bucket), (0, 2))
 
     windows = text.held_out_windows(arguments.times * arguments.length, max(1, arguments.batch // arguments.times), 32)
-    by_bucket = runs.evaluate(by_position, windows)
+    copy = arguments.results / f"{training}.npz".replace(":", "-")
+    piece_steps = max(1, arguments.steps // 5)
+    runs.compile(piece_steps)
+    runs.evaluate(by_position, windows)
+    with turn(arguments.turn):
+        started = time.monotonic()
+        for piece in runs.train(piece_steps, copy):
+            print(
+                f"{training}: step {runs.step}/{arguments.steps}, loss {piece[-1].mean():.4f}, "
+                f"{time.monotonic() - started:.0f} s",
+                flush=True,
+            )
+        by_bucket = runs.evaluate(by_position, windows).astype(float)
+        seconds = time.monotonic() - started
+    copy.unlink(missing_ok=True)
     return {
         "training": training,
         "parameters": config.num_parameters(),
@@ -178,7 +187,7 @@ def train(training: str, arguments: Arguments, text: ByteText) -> dict:
         "bucket": bucket,
         "perplexity": np.exp(by_bucket).round(4).tolist(),
         "held_out_bytes_read": windows.shape[0] * windows.shape[1] * (windows.shape[2] - 1),
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": round(seconds, 1),
     }
 
 
@@ -215,7 +224,7 @@ def run(arguments: Arguments) -> None:
     if arguments.times < 2:
         raise UserError(f"times is {arguments.times}: reading past the length needs at least 2")
     text = load_text(arguments.data)
-    left_out = ("trainings", "results", "data")
+    left_out = ("trainings", "results", "data", "turn")
     settings = {name: value for name, value in dataclasses.asdict(arguments).items() if name not in left_out}
     results = ResultsFile(arguments.results / "length_extrapolation.json", settings | text.described())
     for training in trainings:

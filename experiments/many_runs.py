@@ -60,6 +60,7 @@ class ManyRuns:
         runs: (learning rate, seed) of each.
         data: what batches are drawn from; it may be replaced between steps.
         step: steps done.
+        steps: steps to do; lowered before training, the schedule is that of the training, faster.
         params: parameters, with a leading axis of runs.
     """
 
@@ -78,7 +79,7 @@ class ManyRuns:
         self._model = model
         self.config, self.training, self.data = config, training, data
         self.runs = tuple(itertools.product(learning_rates, seeds))
-        self.step = 0
+        self.step, self.steps = 0, training.steps
         graph, abstract = jax.eval_shape(lambda: nnx.split(model(config, rngs=nnx.Rngs(0)), nnx.Param))
         axes = nnx.to_pure_dict(
             jax.tree.map(
@@ -104,13 +105,22 @@ class ManyRuns:
         wanted = {self._program_key(count, of): of for of in data or (self.data,)}
         advance = jax.jit(self._scan, static_argnames="count", donate_argnums=(0, 1))
         lowered = [
-            advance.lower(self.params, self._moments, of, jnp.int32(0), count=count)
+            advance.lower(self.params, self._moments, of, jnp.int32(0), jnp.float32(1), count=count)
             for key, of in wanted.items()
             if key not in self._programs
         ]
         missing = [key for key in wanted if key not in self._programs]
         with ThreadPoolExecutor() as threads:
             self._programs.update(zip(missing, threads.map(lambda program: program.compile(), lowered), strict=True))
+
+    def seconds_for(self, count: int) -> float:
+        """What ``count`` steps take, measured; nothing changes."""
+        program = self._programs[self._program_key(count, self.data)]
+        arguments = jax.tree.map(jnp.copy, (self.params, self._moments))
+        jax.block_until_ready(arguments)
+        started = time.monotonic()
+        jax.block_until_ready(program(*arguments, self.data, jnp.int32(0), jnp.float32(1)))
+        return time.monotonic() - started
 
     def train(
         self, steps_per_call: int, copy: Path | None = None, until: int | None = None
@@ -121,12 +131,15 @@ class ManyRuns:
         """
         if copy is not None and copy.exists() and self.step == 0:
             self._restore(copy)
-        until, copied = min(until or self.training.steps, self.training.steps), time.monotonic()
+        until, copied = min(self.steps if until is None else until, self.steps), time.monotonic()
         while self.step < until:
             count = min(steps_per_call, until - self.step)
             self.compile(count)
             program = self._programs[self._program_key(count, self.data)]
-            self.params, self._moments, losses = program(self.params, self._moments, self.data, jnp.int32(self.step))
+            pace = (self.training.steps - 1) / max(self.steps - 1, 1)
+            self.params, self._moments, losses = program(
+                self.params, self._moments, self.data, jnp.int32(self.step), jnp.float32(pace)
+            )
             self.step += count
             yield np.asarray(losses)
             if copy is not None and time.monotonic() - copied > SECONDS_BETWEEN_COPIES:
@@ -146,16 +159,16 @@ class ManyRuns:
         params = nnx.to_pure_dict(nnx.split(model, nnx.Param)[1])
         return params, self._optimizer.init(params)
 
-    def _scan(self, params, moments, data, first, *, count):
+    def _scan(self, params, moments, data, first, pace, *, count):
         def step(carry, index):
-            advanced = jax.vmap(self._one, in_axes=(0, 0, 0, 0, None, None))
-            *carry, losses = advanced(*carry, self._keys, self._rates, index, data)
+            advanced = jax.vmap(self._one, in_axes=(0, 0, 0, 0, None, None, None))
+            *carry, losses = advanced(*carry, self._keys, self._rates, index, pace, data)
             return tuple(carry), losses
 
         (params, moments), losses = jax.lax.scan(step, (params, moments), first + jnp.arange(count))
         return params, moments, losses
 
-    def _one(self, params, moments, key, peak, index, data):
+    def _one(self, params, moments, key, peak, index, pace, data):
         """One step of one run."""
         batch = self._sample(jax.random.fold_in(key, index), data)
         loss, gradients = jax.value_and_grad(lambda p: self._loss(self.build(p), batch))(params)
@@ -165,7 +178,7 @@ class ManyRuns:
             final_learning_rate=peak * self.training.final_fraction,
             warmup_steps=self.training.warmup_steps,
         )
-        rate = learning_rate(index, schedule, self.training.steps)
+        rate = learning_rate(index * pace, schedule, self.training.steps)
         updates, moments = self._optimizer.update(gradients, moments, params)
         return jax.tree.map(lambda p, u: p - rate * u, params, updates), moments, loss
 

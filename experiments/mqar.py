@@ -19,6 +19,7 @@ and are in Zoology's later experiments: --convolution, and --curriculum, shorter
 """
 
 import dataclasses
+import functools
 import sys
 import time
 from pathlib import Path
@@ -113,6 +114,9 @@ class Arguments:
     implementation: str | None = None
     """Kernel of the recurrent models. None: the fastest that runs here."""
 
+    layers: int | None = None
+    """Blocks of each model. None: two for attention and four for the others."""
+
     convolution: bool = False
     """A causal convolution layer of 4 taps in front of the first block of every model: what it takes to see the token
     before need not be learned by the mixers, and recall is found in hundreds of steps. Zoology's later experiments have
@@ -128,6 +132,9 @@ class Arguments:
     evaluate_every: int = 100
     """Steps between looks at the test accuracy."""
 
+    seconds: float | None = None
+    """Steps of a model and width are so few that training fits in this, by the speed of the first. None: all steps."""
+
     turn: Path | None = None
     """A file: commands that name the same one compile side by side and train one after the other."""
 
@@ -135,9 +142,23 @@ class Arguments:
     """Folder of mqar.json and mqar.png."""
 
 
-class ConvolvedModel(LanguageModel):
-    """A language model with a convolution layer in front of its first block: x + silu(conv(norm(x) W)) W', x the
-    embeddings, conv causal with 4 taps for each channel."""
+class Model(LanguageModel):
+    """A language model whose embedding has a gradient that is fast where most tokens are 0, as here.
+
+    The gradient of a lookup adds what comes from each token to its row of the table with atomic operations, and those
+    of token 0 would wait for each other: on an H200, nine tenths of a step. So row 0 is looked up by no token.
+    """
+
+    def _embed(self, tokens):
+        table = self.embedding[...]
+        others = jnp.arange(tokens.size).reshape(tokens.shape) % table.shape[0]  # any rows, but not all the same
+        looked_up = table[jnp.where(tokens == 0, others, tokens)]
+        return jnp.where((tokens == 0)[..., None], table[0], looked_up).astype(self.config.dtype)
+
+
+class ConvolvedModel(Model):
+    """The same with a convolution layer in front of its first block: x + silu(conv(norm(x) W)) W', x the embeddings,
+    conv causal with 4 taps for each channel."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
@@ -178,8 +199,12 @@ def example(key: PRNGKeyArray, task: Task) -> Examples:
 
 def examples(seed: int, count: int, task: Task) -> Examples:
     """``count`` rows, made on the device, a few thousand at a time."""
-    keys = jax.random.split(jax.random.key(seed), count)
-    return jax.jit(lambda keys: jax.lax.map(lambda key: example(key, task), keys, batch_size=2048))(keys)
+    return _examples(jax.random.split(jax.random.key(seed), count), task)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _examples(keys, task):
+    return jax.lax.map(lambda key: example(key, task), keys, batch_size=2048)
 
 
 def loss_and_accuracy(model: LanguageModel, rows: Examples) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -201,25 +226,25 @@ def model_config(model: str, width: int, task: Task, arguments: Arguments) -> Mo
         initializer_range=arguments.initial_std,
         compute_dtype=dtype,
         implementation=arguments.implementation,
-        **MODELS[model],
+        **MODELS[model] | ({} if arguments.layers is None else {"num_layers": arguments.layers}),
     )
 
 
-def curriculum(task: Task, arguments: Arguments) -> list[tuple[Task, int]]:
-    """The tasks to train on, each up to a step; the last is ``task``."""
-    stages, step = [], 0
+def curriculum(task: Task, arguments: Arguments) -> list[tuple[Task, float]]:
+    """The tasks to train on, each up to a share of the steps; the last is ``task``."""
+    stages, end = [], 0.0
     for stage in filter(None, arguments.curriculum.split(",")):
         try:
             times, share = int(stage.split(":")[0]), float(stage.split(":")[1])
-            step += round(share * task.steps / arguments.evaluate_every) * arguments.evaluate_every
         except (ValueError, IndexError) as error:
             raise UserError(f'curriculum has "{stage}": write TIMES:SHARE, such as 4:0.3') from error
-        if times < 1 or task.pairs % times or task.length % times or not 0 < step < task.steps:
+        end += share
+        if times < 1 or task.pairs % times or task.length % times or share <= 0 or end >= 1:
             raise UserError(
                 f'curriculum has "{stage}": TIMES divides length and pairs, and shares of the steps sum to less than 1'
             )
-        stages.append((task.shortened(times), step))
-    return [*stages, (task, task.steps)]
+        stages.append((task.shortened(times), end))
+    return [*stages, (task, 1.0)]
 
 
 def sweep(model: str, width: int, task: Task, arguments: Arguments, data: "Data", results: ResultsFile) -> None:
@@ -240,40 +265,48 @@ def sweep(model: str, width: int, task: Task, arguments: Arguments, data: "Data"
         data=data.train[-1],
         learning_rates=rates,
         seeds=tuple(range(arguments.seeds)),
-        model=ConvolvedModel if arguments.convolution else LanguageModel,
+        model=ConvolvedModel if arguments.convolution else Model,
     )
     size = min(250, task.test_examples)
     batches = jax.tree.map(lambda x: x[: len(x) // size * size].reshape(-1, size, *x.shape[1:]), data.test)
     runs.compile(min(arguments.evaluate_every, task.steps), *data.train)
     runs.evaluate(loss_and_accuracy, batches)
 
+    every = arguments.evaluate_every
     copy, row = arguments.results / f"{model}-{width}.npz", results.find(model=model, width=width)
     curve = row["curve"] if row and copy.exists() else []
     with turn(arguments.turn):
+        if curve:
+            runs.steps = row["steps_of_schedule"]
+        elif arguments.seconds is not None:
+            fitting = int(arguments.seconds / runs.seconds_for(min(every, task.steps)))
+            runs.steps = min(task.steps, max(1, fitting) * every)
         started = time.monotonic()
-        for rows, until in zip(data.train, data.until, strict=True):
+        for rows, share in zip(data.train, data.until, strict=True):
             runs.data = rows
-            for losses in runs.train(arguments.evaluate_every, copy, until):
+            until = runs.steps if share == 1 else round(share * runs.steps / every) * every
+            for losses in runs.train(every, copy, until):
                 _, accuracy = runs.evaluate(loss_and_accuracy, batches)
-                accuracy = accuracy.reshape(len(rates), arguments.seeds)
-                loss = losses.mean(0).reshape(accuracy.shape)
+                accuracy = accuracy.astype(float).reshape(len(rates), arguments.seeds)
+                loss = losses.astype(float).mean(0).reshape(accuracy.shape)
                 point = {"step": runs.step, "accuracy": accuracy.round(4).tolist(), "loss": loss.round(4).tolist()}
                 curve = [*(point for point in curve if point["step"] < runs.step), point]
                 best, solved = int(np.argmax(accuracy.mean(1))), bool(np.all(accuracy.max(0) > 0.99))
                 seconds = time.monotonic() - started
                 print(
-                    f"{model} {width}: step {runs.step}/{task.steps}, loss {loss.mean(1).round(3).tolist()}, "
+                    f"{model} {width}: step {runs.step}/{runs.steps}, loss {loss.mean(1).round(3).tolist()}, "
                     f"accuracy {accuracy.mean(1).round(3).tolist()}, {seconds:.1f} s",
                     flush=True,
                 )
                 now = {
                     "model": model,
                     "width": width,
-                    "finished": solved or runs.step == task.steps,
+                    "finished": solved or runs.step == runs.steps,
                     "parameters": sum(leaf[0].size for leaf in jax.tree.leaves(runs.params)),
                     "layers": config.num_layers,
                     "dtype": config.compute_dtype,
                     "steps": runs.step,
+                    "steps_of_schedule": runs.steps,
                     "learning_rates": rates,
                     "seeds": arguments.seeds,
                     "accuracy": accuracy.round(4).tolist(),
@@ -291,10 +324,10 @@ def sweep(model: str, width: int, task: Task, arguments: Arguments, data: "Data"
 
 
 class Data(NamedTuple):
-    """Examples to train on, of each stage of the curriculum up to a step, and those to test on."""
+    """Examples to train on, of each stage of the curriculum up to a share of the steps, and those to test on."""
 
     train: list[Examples]
-    until: list[int]
+    until: list[float]
     test: Examples
 
 

@@ -1,5 +1,7 @@
 """Runs trained together are the runs trained alone, and a copy on disk continues as if nothing had happened."""
 
+import fcntl
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +11,10 @@ from flax import nnx
 
 import many_runs
 from glax.models import LanguageModel, ModelConfig
-from many_runs import ManyRuns, Training, text_windows
+from many_runs import ManyRuns, Training, text_windows, turn
 
 CONFIG = ModelConfig(
-    vocab_size=17, hidden_size=16, num_layers=1, num_heads=2, mlp_size=0, compute_dtype="float32", scan_layers=False
+    vocab_size=17, hidden_size=16, num_layers=1, mixer="attention", num_heads=2, mlp_size=0, compute_dtype="float32"
 )
 TEXT = jnp.asarray(np.random.default_rng(0).integers(0, 17, 400), jnp.int32)
 TRAINING = Training(steps=6, warmup_steps=2, final_fraction=0.1, weight_decay=0.2)
@@ -47,13 +49,14 @@ def test_each_run_is_its_own(together):
     graph, params = nnx.split(LanguageModel(CONFIG, rngs=nnx.Rngs(key)), nnx.Param)
     decays = jax.tree.map(lambda leaf: leaf.ndim > 1, params)
     moments = None
+    gradient = jax.jit(jax.value_and_grad(lambda p, rows: loss(nnx.merge(graph, p), rows)))
     for step, rate in enumerate(schedule):
         optimizer = optax.chain(
             optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.95, weight_decay=0.2, mask=decays)
         )
         moments = optimizer.init(params) if moments is None else moments
         rows = text_windows(12, 4)(jax.random.fold_in(key, step), TEXT)
-        value, gradients = jax.value_and_grad(lambda p, rows=rows: loss(nnx.merge(graph, p), rows))(params)
+        value, gradients = gradient(params, rows)
         np.testing.assert_allclose(losses[step, 3], value, rtol=2e-5)
         updates, moments = optimizer.update(gradients, moments, params)
         params = optax.apply_updates(params, updates)
@@ -62,10 +65,11 @@ def test_each_run_is_its_own(together):
 def test_evaluation_is_the_mean_over_batches(together):
     runs, _ = together
     batches = TEXT[:78].reshape(2, 3, 13)
+    of_one = jax.jit(lambda params, rows: loss(runs.build(params), rows))
     expected = []
     for run in range(4):
-        model = runs.build(jax.tree.map(lambda leaf, run=run: leaf[run], runs.params))
-        expected.append(np.mean([loss(model, rows) for rows in batches]))
+        params = jax.tree.map(lambda leaf, run=run: leaf[run], runs.params)
+        expected.append(np.mean([of_one(params, rows) for rows in batches]))
     np.testing.assert_allclose(runs.evaluate(loss, batches), expected, rtol=1e-5)
 
 
@@ -80,6 +84,30 @@ def test_a_copy_continues(together, tmp_path, monkeypatch):
         assert kept["step"] == 3
     losses += list(again.train(3, copy))
     np.testing.assert_array_equal(np.concatenate(losses), together[1])
+
+
+def test_stages_with_other_data_and_a_program_compiled_before():
+    """Steps up to a stage's end on its data, then on the next one's; nothing is compiled again."""
+    runs, other = many(), TEXT[::-1]
+    runs.compile(3, TEXT, other[:200])
+    programs = dict(runs._programs)
+    assert [len(piece) for piece in runs.train(3, until=3)] == [3]
+    runs.data = other[:200]
+    losses = np.concatenate(list(runs.train(3)))
+    assert runs.step == 6 and runs._programs == programs and len(programs) == 2
+    plain = many()
+    on_text = np.concatenate(list(plain.train(3)))
+    assert np.all(losses != on_text[3:])
+
+
+def test_turns_are_taken_one_after_the_other(tmp_path):
+    lock = tmp_path / "locks" / "turn"
+    with turn(lock), lock.open("w") as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with lock.open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with turn(None):
+        pass
 
 
 def test_windows_are_of_the_text_and_reach_its_end():
