@@ -186,8 +186,8 @@ def example(key: PRNGKeyArray, task: Task) -> Examples:
     """One row: keys and values without repetition; the gaps drawn without replacement, p_i ~ 0.01 i^(0.01 - 1)."""
     half, pairs = task.vocabulary // 2, task.pairs
     for_keys, for_values, for_gaps = jax.random.split(key, 3)
-    keys = 1 + jax.random.permutation(for_keys, half - 1)[:pairs]
-    values = half + jax.random.permutation(for_values, half)[:pairs]
+    keys = 1 + distinct(for_keys, half - 1, pairs)
+    values = half + distinct(for_values, half, pairs)
     spaces = (task.length - 2 * pairs) // 2
     weights = 0.01 * np.arange(1, spaces + 1) ** (0.01 - 1.0)
     gaps = jax.random.choice(for_gaps, spaces, (pairs,), replace=False, p=jnp.asarray(weights / weights.sum()))
@@ -195,6 +195,20 @@ def example(key: PRNGKeyArray, task: Task) -> Examples:
     context = jnp.stack([keys, values], 1).reshape(-1)
     tokens = jnp.zeros(task.length, jnp.int32).at[: 2 * pairs].set(context).at[places].set(keys)
     return Examples(tokens, places, values)
+
+
+def distinct(key: PRNGKeyArray, population: int, count: int) -> Int[Array, "count"]:
+    """Of 0..population-1, ``count`` without repetition, in random order, by Floyd's algorithm: nothing long is sorted."""
+    for_draws, for_order = jax.random.split(key)
+    tops = jnp.arange(population - count, population)
+    draws = jax.random.randint(for_draws, (count,), 0, tops + 1)
+
+    def choose(chosen, index):
+        number = jnp.where(jnp.any(chosen == draws[index]), tops[index], draws[index])
+        return chosen.at[index].set(number), None
+
+    chosen, _ = jax.lax.scan(choose, jnp.full(count, -1), jnp.arange(count))
+    return jax.random.permutation(for_order, chosen)
 
 
 def examples(seed: int, count: int, task: Task) -> Examples:
