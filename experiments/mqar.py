@@ -198,7 +198,7 @@ def example(key: PRNGKeyArray, task: Task) -> Examples:
 
 
 def distinct(key: PRNGKeyArray, population: int, count: int) -> Int[Array, "count"]:
-    """Of 0..population-1, ``count`` without repetition, in random order, by Floyd's algorithm: nothing long is sorted."""
+    """``count`` of 0..population-1 without repetition, in random order (Floyd's algorithm, which sorts nothing)."""
     for_draws, for_order = jax.random.split(key)
     tops = jnp.arange(population - count, population)
     draws = jax.random.randint(for_draws, (count,), 0, tops + 1)
