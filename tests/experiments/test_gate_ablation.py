@@ -24,6 +24,7 @@ def test_rows(text, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("GLAX_CACHE", str(tmp_path / "cache"))
     command = ["--data", str(text), "--variants", "channel,none", "--width", "32", "--layers", "1", "--length", "32"]
     command += ["--batch", "4", "--steps", "40", "--seeds", "2", "--results", str(tmp_path)]
+    command += ["--implementation", "reference"]  # compiles fastest
     assert main(command) == 0
     content = json.loads((tmp_path / "gate_ablation.json").read_text())
     rows = {row["variant"]: row for row in content["rows"]}

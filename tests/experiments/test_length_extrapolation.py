@@ -13,7 +13,14 @@ from length_extrapolation import main, parse, segment_loss
 from glax.models import LanguageModel, ModelConfig
 
 CONFIG = ModelConfig(
-    vocab_size=19, hidden_size=16, num_layers=1, num_heads=2, mlp_size=0, compute_dtype="float32", initializer_range=0.3
+    vocab_size=19,
+    hidden_size=16,
+    num_layers=1,
+    num_heads=2,
+    mlp_size=0,
+    compute_dtype="float32",
+    initializer_range=0.3,
+    implementation="reference",  # compiles fastest
 )
 WINDOWS = jnp.asarray(np.random.default_rng(0).integers(0, 19, (2, 13)), jnp.int32)
 
@@ -61,6 +68,7 @@ def test_rows(tmp_path, monkeypatch, capsys):
     (tmp_path / "text.txt").write_text("the cat sees the dog and the dog sees the cat. " * 400)
     command = ["--data", str(tmp_path / "text.txt"), "--trainings", "gla:2s,transformer", "--width", "32"]
     command += ["--layers", "1", "--length", "16", "--batch", "8", "--steps", "60", "--times", "4"]
+    command += ["--implementation", "reference"]  # compiles fastest
     assert main([*command, "--results", str(tmp_path)]) == 0
     content = json.loads((tmp_path / "length_extrapolation.json").read_text())
     segmented, attention = content["rows"]

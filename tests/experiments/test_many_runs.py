@@ -26,9 +26,12 @@ def loss(model: LanguageModel, rows: jax.Array) -> jax.Array:
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:]))
 
 
-def many(rates=RATES, seeds=SEEDS) -> ManyRuns:
+def many(programs=()) -> ManyRuns:
+    """Runs that are new but for the programs that others have compiled."""
     sample = text_windows(12, 4)
-    return ManyRuns(CONFIG, sample, loss, TRAINING, data=TEXT, learning_rates=rates, seeds=seeds)
+    runs = ManyRuns(CONFIG, sample, loss, TRAINING, data=TEXT, learning_rates=RATES, seeds=SEEDS)
+    runs._programs = dict(programs)
+    return runs
 
 
 @pytest.fixture(scope="module")
@@ -76,28 +79,38 @@ def test_evaluation_is_the_mean_over_batches(together):
 def test_a_copy_continues(together, tmp_path, monkeypatch):
     monkeypatch.setattr(many_runs, "SECONDS_BETWEEN_COPIES", -1.0)
     copy = tmp_path / "copy.npz"
-    first = many().train(3, copy)
+    first = many(together[0]._programs).train(3, copy)
     losses = [next(first)]
     next(first)  # the copy is written when the next steps are asked for, and these are lost with the process
-    again = many()
+    again = many(together[0]._programs)
     with np.load(copy) as kept:
         assert kept["step"] == 3
     losses += list(again.train(3, copy))
     np.testing.assert_array_equal(np.concatenate(losses), together[1])
 
 
-def test_stages_with_other_data_and_a_program_compiled_before():
-    """Steps up to a stage's end on its data, then on the next one's; nothing is compiled again."""
-    runs, other = many(), TEXT[::-1]
-    runs.compile(3, TEXT, other[:200])
+def test_stages_with_other_data_and_programs_compiled_before(together):
+    """Steps up to a stage's end on its data, then on the next one's; nothing is compiled twice."""
+    runs, shorter = many(programs=together[0]._programs), TEXT[::-1][:200]
+    runs.compile(3, TEXT, shorter)
     programs = dict(runs._programs)
     assert [len(piece) for piece in runs.train(3, until=3)] == [3]
-    runs.data = other[:200]
+    runs.data = shorter
     losses = np.concatenate(list(runs.train(3)))
     assert runs.step == 6 and runs._programs == programs and len(programs) == 2
-    plain = many()
-    on_text = np.concatenate(list(plain.train(3)))
-    assert np.all(losses != on_text[3:])
+    assert np.all(losses != together[1][3:])
+
+
+def test_fewer_steps_have_the_whole_schedule(together):
+    """Of six steps only three: the rates are those of steps 0, 2.5 and 5, and measuring has changed nothing."""
+    runs = together[0]
+    fewer = many(programs=runs._programs)
+    assert fewer.seconds_for(3) > 0
+    fewer.steps = 3
+    losses = np.concatenate(list(fewer.train(3)))
+    assert losses.shape == (3, 4) and fewer.step == 3
+    np.testing.assert_array_equal(losses[:2], together[1][:2])  # the first step has the rate 0 either way
+    assert np.all(losses[2] != together[1][2])
 
 
 def test_turns_are_taken_one_after_the_other(tmp_path):

@@ -3,10 +3,14 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import mqar
 import numpy as np
 import pytest
+from flax import nnx
 from mqar import TASKS, Task, examples, main
+
+from glax.models import LanguageModel
 
 WIDE = Task(vocabulary=64, length=40, pairs=4, batch=8, steps=1)
 
@@ -45,12 +49,12 @@ def test_each_key_is_asked_once_at_an_even_offset_and_nothing_else_is_there(draw
 def test_gaps_follow_the_power_law():
     """With one pair the gap's distribution is p itself; all keys, values and gaps occur."""
     task = Task(vocabulary=16, length=22, pairs=1, batch=1, steps=1)
-    tokens, places, answers = jax.tree.map(np.asarray, examples(0, 40_000, task))
-    frequencies = np.bincount((places[:, 0] - 2) // 2, minlength=10) / 40_000
+    tokens, places, answers = jax.tree.map(np.asarray, examples(0, 32_768, task))
+    frequencies = np.bincount((places[:, 0] - 2) // 2, minlength=10) / 32_768
     weights = np.arange(1, 11) ** -0.99
     np.testing.assert_allclose(frequencies, weights / weights.sum(), atol=0.008)
-    np.testing.assert_allclose(np.bincount(tokens[:, 0], minlength=8)[1:] / 40_000, 1 / 7, atol=0.01)
-    np.testing.assert_allclose(np.bincount(answers[:, 0], minlength=16)[8:] / 40_000, 1 / 8, atol=0.01)
+    np.testing.assert_allclose(np.bincount(tokens[:, 0], minlength=8)[1:] / 32_768, 1 / 7, atol=0.01)
+    np.testing.assert_allclose(np.bincount(answers[:, 0], minlength=16)[8:] / 32_768, 1 / 8, atol=0.01)
 
 
 def test_examples_depend_on_the_seed_alone():
@@ -59,24 +63,53 @@ def test_examples_depend_on_the_seed_alone():
     assert np.any(np.asarray(first) != np.asarray(other))
 
 
-def test_the_default_sweep_learns_and_resumes(tmp_path, capsys):
-    """Recall goes from one answer in sixteen to nearly all; a second start trains nothing."""
-    command = ["--results", str(tmp_path)]
+def test_a_small_sweep_learns_and_resumes(tmp_path, capsys):
+    """Recall goes from one answer in three, a guess among the values there, to most; a second start trains nothing."""
+    command = ["--results", str(tmp_path), "--convolution", "--layers", "1", "--steps", "400"]
+    command += ["--implementation", "reference"]  # compiles fastest
     assert main(command) == 0
     content = json.loads((tmp_path / "mqar.json").read_text())
     [row] = content["rows"]
-    assert row["model"] == "gla" and row["best_learning_rate"] == 2e-3
-    assert row["curve"][0]["accuracy"][0][0] < 0.6 and row["best_accuracy"] > 0.9
+    assert row["model"] == "gla" and row["best_learning_rate"] == 2e-3 and row["finished"]
+    assert row["curve"][0]["accuracy"][0][0] < 0.6 and row["best_accuracy"] > 0.65
     assert {"commit", "versions", "device"} <= content["ran_on"][row["ran_on"]].keys()
     assert (tmp_path / "mqar.png").exists() and not list(tmp_path.glob("*.npz"))
     said = capsys.readouterr().out
-    assert "step 100/800" in said
+    assert "step 100/400" in said
 
     assert main(command) == 0
-    assert "step 100/800" not in capsys.readouterr().out
+    assert "step 100/400" not in capsys.readouterr().out
     assert json.loads((tmp_path / "mqar.json").read_text())["rows"] == content["rows"]
     assert main([*command, "--seeds", "2"]) == 2
     assert "seeds is 1 there and 2 here" in capsys.readouterr().err
+
+
+def test_a_curriculum_keeps_the_tokens_of_a_step():
+    task, arguments = TASKS["l256"], mqar.Arguments(curriculum="16:0.1,4:0.2")
+    stages = mqar.curriculum(task, arguments)
+    assert [(stage.length, stage.pairs, stage.batch) for stage, _ in stages] == [
+        (16, 1, 4096),
+        (64, 4, 1024),
+        (256, 16, 256),
+    ]
+    assert [share for _, share in stages] == pytest.approx([0.1, 0.3, 1.0])
+
+
+def test_the_embedding_is_a_lookup_and_its_gradient_too():
+    config = mqar.model_config("transformer", 8, WIDE, mqar.Arguments(dtype="float32"))
+    tokens = examples(0, 4, WIDE).tokens
+    graph, params = nnx.split(mqar.Model(config, rngs=nnx.Rngs(0)), nnx.Param)
+    weight = jax.random.normal(jax.random.key(0), (*tokens.shape, 8))
+
+    def total(params, embed):
+        return jnp.sum(weight * embed(nnx.merge(graph, params), tokens))
+
+    for plain, ours in zip(
+        jax.value_and_grad(total)(params, LanguageModel._embed),
+        jax.value_and_grad(total)(params, mqar.Model._embed),
+        strict=True,
+    ):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), plain, ours)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +118,8 @@ def test_the_default_sweep_learns_and_resumes(tmp_path, capsys):
         (["--models", "gla,lstm"], 'models has "lstm": choose from gla, retnet'),
         (["--widths", "wide"], 'widths is "wide"'),
         (["--widths", "33"], "whole multiple of num_heads 2"),
+        (["--curriculum", "2"], 'curriculum has "2": write TIMES:SHARE'),
+        (["--curriculum", "2:0.5"], 'curriculum has "2:0.5": TIMES divides length and pairs'),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
