@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.retention import mosaic_gpu
+from kernels.retention import choose, mosaic_gpu
+from kernels.retention.mosaic_gpu import operator
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the interpreter runs on CPU")
 
@@ -110,3 +111,11 @@ def test_says_what_it_cannot_run(dtype, platform, message):
     arrays = [jax.ShapeDtypeStruct((1, 8, 1, 16), dtype)] * 3 + [jax.ShapeDtypeStruct((1, 8, 1), jnp.float32)]
     options = {"initial_state": None, "segment_ids": None, "return_final_state": False}
     assert mosaic_gpu.unsupported(*arrays, **options, platform=platform).startswith(message)
+
+
+@pytest.mark.parametrize("dtype, implementation", [("bfloat16", "mosaic_gpu"), ("float32", "xla")])
+def test_choice_on_hopper(monkeypatch, dtype, implementation):
+    monkeypatch.setattr("kernels.dispatch.platform_of", lambda x: "gpu")
+    monkeypatch.setattr(operator, "compute_capability", lambda: "9.0")
+    arrays = [jax.ShapeDtypeStruct((1, 64, 2, 256), dtype)] * 3 + [jax.ShapeDtypeStruct((2,), jnp.float32)]
+    assert choose(*arrays).implementation == implementation
