@@ -113,9 +113,9 @@ def test_says_what_it_cannot_run(dtype, platform, message):
     assert mosaic_gpu.unsupported(*arrays, **options, platform=platform).startswith(message)
 
 
-@pytest.mark.parametrize("dtype, implementation", [("bfloat16", "mosaic_gpu"), ("float32", "xla")])
-def test_choice_on_hopper(monkeypatch, dtype, implementation):
+@pytest.mark.parametrize("dtype, chosen", [("bfloat16", "mosaic_gpu"), ("float32", "xla")])
+def test_choice_on_hopper(monkeypatch, dtype, chosen):
     monkeypatch.setattr("kernels.dispatch.platform_of", lambda x: "gpu")
     monkeypatch.setattr(operator, "compute_capability", lambda: "9.0")
     arrays = [jax.ShapeDtypeStruct((1, 64, 2, 256), dtype)] * 3 + [jax.ShapeDtypeStruct((2,), jnp.float32)]
-    assert choose(*arrays).implementation == implementation
+    assert choose(*arrays).implementation == chosen
