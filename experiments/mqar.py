@@ -393,7 +393,7 @@ def run(arguments: Arguments) -> None:
     settings = {"task": dataclasses.asdict(task), "learning_rates": rates, "seeds": arguments.seeds}
     settings |= {
         name: getattr(arguments, name)
-        for name in ("dtype", "implementation", "convolution", "initial_std", "curriculum")
+        for name in ("dtype", "implementation", "layers", "convolution", "initial_std", "curriculum")
     }
     results = ResultsFile(arguments.results / "mqar.json", settings)
     data = None
