@@ -124,8 +124,8 @@ def backward(
             def _():
                 for j in range(W):  # a tile for each warpgroup: it leaves as their gate gradient
                     part = pl.ds(64 * j, 64)
-                    plgpu.copy_gmem_to_smem(g_g.at[v.b, v.rows, v.g, part], v.gates.at[j], arrived)
-                    plgpu.copy_gmem_to_smem(states_g[j].at[v.b, v.rows, v.h, v.values], v.S.at[part], arrived)
+                    plgpu.copy_gmem_to_smem(g_g.at[v.b, v.rows, v.g, part], v.g_of[j], arrived)
+                    plgpu.copy_gmem_to_smem(states_g[j].at[v.b, v.rows, v.h, v.values], v.S_of[j], arrived)
                 plgpu.copy_gmem_to_smem(q_g.at[v.b, v.rows, v.h], v.q, arrived)
                 plgpu.copy_gmem_to_smem(k_g.at[v.b, v.rows, v.g], v.k, arrived)
                 plgpu.copy_gmem_to_smem(v_g.at[v.b, v.rows, v.g, v.values], v.v, arrived)
@@ -133,7 +133,7 @@ def backward(
                 if packed:
                     plgpu.copy_gmem_to_smem(documents_g.at[v.b, v.rows], documents_s, arrived)
                     plgpu.copy_gmem_to_smem(goes_on_g.at[v.b, v.rows], goes_on_s, arrived)
-                    plgpu.copy_gmem_to_smem(pairs_g.at[v.b, v.chunk], v.codes.at[0], arrived)
+                    plgpu.copy_gmem_to_smem(pairs_g.at[v.b, v.chunk], v.tile("codes", 0), arrived)
 
         @pl.when(w == 0)
         def _():
@@ -203,7 +203,7 @@ def backward(
             high = change.astype(BF16)
             v.g_own[...] = high
             v.limb[...] = (change - high.astype(F32)).astype(BF16)
-            v.S_own.at[:, pl.ds(0, 64)][...] = later
+            v.S_tile[...] = later
             plgpu.commit_smem()
             if packed:
 
@@ -217,7 +217,7 @@ def backward(
             one_where = lambda bits: where(has(v.pairs(), bits), 1.0, 0.0).astype(BF16)
             sums_from = one_where(UPPER | DIAGONAL)
             sums_before = one_where(LOWER)
-            dg_chain = [(sums_from, v.g_own), (sums_from, v.limb), (sums_before, v.S_own.at[:, pl.ds(0, 64)])]
+            dg_chain = [(sums_from, v.g_own), (sums_from, v.limb), (sums_before, v.S_tile)]
 
             def finish_dg(dg):
                 dg = dg + along_columns(load(rows_s.at[0, w], COLUMN), TILE)
@@ -240,10 +240,11 @@ def backward(
                 @pl.when((w == 0) | (VB > 64))
                 def _(c=c):
                     part = pl.ds(own_values.start + 64 * c, 64)
+                    do, of_dS = (v.tile(name, slice(None), part) for name in ("do", "dS"))
                     if packed:
-                        dv = product(PT, v.do.at[:, part], TILE, onto=of_last(product(v.k, v.dS.at[:, part], TILE)))
+                        dv = product(PT, do, TILE, onto=of_last(product(v.k, of_dS, TILE)))
                     else:
-                        dv = product.total([(PT, v.do.at[:, part]), (v.k, v.dS.at[:, part])], TILE)
+                        dv = product.total([(PT, do), (v.k, of_dS)], TILE)
                     if c:
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     v.limb[...] = dv.astype(BF16)

@@ -42,7 +42,7 @@ class Chunk:
 
     Each `Chunk` indexes everything by a zero read from shared memory, which the compiler cannot see through. It would
     otherwise compute all addresses once, before the loop over chunks, and fill the registers with them; a fresh `Chunk`
-    ends the life of the last one's.
+    ends the life of the last one's. (Each tile by one index: what Pallas lowers is one more operation for each.)
     """
 
     def __init__(self, walk: Walk, step):
@@ -54,27 +54,37 @@ class Chunk:
         self.chunk = self.first + step
         self.rows = pl.ds(self.chunk * CHUNK, CHUNK)
         self.values = pl.ds(self.vb * walk.value_block, walk.value_block)
-        self.own = pl.ds(w * 64, 64)  # this warpgroup's key channels
-        tiles = {name: ref.at[zero] for name, ref in walk.tiles.items()}
-        self.q, self.k, self.v, self.do = (tiles[name] for name in ("q", "k", "v", "do"))
-        self.S, self.dS, self.codes, self.matrices = (tiles[name] for name in ("S", "dS", "codes", "matrices"))
-        self.q_own, self.k_own, self.gates = self.q.at[:, self.own], self.k.at[:, self.own], tiles["g"]
-        self.g_own, self.S_own, self.dS_own = self.gates.at[w], self.S.at[self.own], self.dS.at[self.own]
-        self.out_q, self.out_k, self.limb = (tiles["out"].at[w, n] for n in range(3))
-        self.out_q_of = [tiles["out"].at[j, 0] for j in range(walk.warpgroups)]
+        self.own = own = pl.ds(w * 64, 64)  # this warpgroup's key channels
+        everyone = range(walk.warpgroups)
+
+        def tile(name, *index):
+            return walk.tiles[name].at[zero, *index]
+
+        self.tile = tile
+        self.q, self.k, self.v, self.do = (tile(name) for name in ("q", "k", "v", "do"))
+        self.q_own, self.k_own = (tile(name, slice(None), own) for name in ("q", "k"))
+        self.g_own, self.g_of = tile("g", w), [tile("g", j) for j in everyone]
+        self.S_own, self.S_of = tile("S", own), [tile("S", pl.ds(64 * j, 64)) for j in everyone]
+        self.dS_own = tile("dS", own)
+        self.out_q, self.out_k, self.limb = (tile("out", w, n) for n in range(3))
+        self.out_q_of = [tile("out", j, 0) for j in everyone]
+        # The first 64 columns of a state, as a tile for something else.
+        first = pl.ds(0, 64)
+        self.S_tile, self.dS_tile = tile("S", own, first), tile("dS", own, first)
+        self.dS_tile_of = [tile("dS", pl.ds(64 * j, 64), first) for j in everyone]
         self.product = walk.product
 
     def pairs(self) -> jax.Array:
-        return load(self.codes.at[0])
+        return load(self.tile("codes", 0))
 
     def exponents(self, table, bit) -> jax.Array:
         """Sums of gates, in log2: those that `bit` says."""
-        return self.product(matrix(self.codes, table, bit), self.g_own, TILE) * to_exponents(bit)
+        return self.product(matrix(self.tile("codes", table), bit), self.g_own, TILE) * to_exponents(bit)
 
     def around_middle(self) -> jax.Array:
-        return self.product(self.matrices.at[pl.ds(MIDDLE, 64)], self.g_own, TILE)
+        return self.product(self.tile("matrices", pl.ds(MIDDLE, 64)), self.g_own, TILE)
 
     def totals(self, start) -> jax.Array:
         """exp of the gates summed over one half of the chunk, per key channel of this warpgroup. [64]."""
-        sums = self.product(self.g_own.T, self.matrices.at[pl.ds(start, 8)].T, (64, 8))
+        sums = self.product(self.g_own.T, self.tile("matrices", pl.ds(start, 8)).T, (64, 8))
         return jnp.exp(jnp.max(sums, axis=1))

@@ -6,7 +6,6 @@ q dq - k dk of the pairs within the chunk but the diagonal, k (v dS^T) in bf16, 
 
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from . import gating
@@ -121,19 +120,19 @@ def tiers_2_and_3(walk: Walk, step, within, dS, of_first, of_last, parking, *, s
     def bounded():
         """Blocks of 16 rows around their middles, without the diagonal."""
         v = walk.at(step)
-        queries, keys = v.out_q, v.dS_own.at[:, pl.ds(0, 64)]
+        queries, keys = v.out_q, v.dS_tile
         gating.blocks_of_16(v.q_own, v.k_own, queries, keys, gating.signed_in_16(v.exponents(*LEVELS[3])), scale)
         plgpu.commit_smem()
         meet(barrier)
-        sides = [(v.dS.at[pl.ds(64 * j, 64), pl.ds(0, 64)], v.out_q_of[j].T) for j in range(W)]
-        add_pairs(v, product.total(sides, TILE), has(v.pairs(), UPPER_IN_16))
+        pairs = product.total([(x, y.T) for x, y in zip(v.dS_tile_of, v.out_q_of, strict=True)], TILE)
+        add_pairs(v, pairs, has(v.pairs(), UPPER_IN_16))
         v = walk.at(step)
-        queries, keys = v.out_q, v.dS_own.at[:, pl.ds(0, 64)]
+        queries, keys = v.out_q, v.dS_tile
         for_q = product(chosen_dP(v, LOWER_IN_16), keys, TILE)
         changed = pin(change + for_q * load(queries).astype(F32))
         dq_more = pin(dq + for_q * jnp.exp2(gating.signed_in_16(v.exponents(*LEVELS[3]))))
         v = walk.at(step)
-        queries, keys = v.out_q, v.dS_own.at[:, pl.ds(0, 64)]
+        queries, keys = v.out_q, v.dS_tile
         for_k = product(chosen_dP(v, UPPER_IN_16), queries, TILE)
         changed = pin(changed - for_k * load(keys).astype(F32))
         return dq_more, pin(dk + for_k * jnp.exp2(-gating.signed_in_16(v.exponents(*LEVELS[3])))), changed

@@ -142,7 +142,7 @@ def forward(
 
         def gate_products(gates, of_gates):
             """Of this warpgroup's channels: exponents around the middle of the chunk, and sums over its halves."""
-            return ([(of_gates.at[pl.ds(MIDDLE, 64)], gates)], TILE), *half_sums(gates, of_gates)
+            return ([(of_gates(pl.ds(MIDDLE, 64)), gates)], TILE), *half_sums(gates, of_gates)
 
         def noted(D, *halves):
             """D, and exp of the halves' sums per row of the state, after noting where D exceeds its limit."""
@@ -160,11 +160,11 @@ def forward(
             S, document, (D, before, after) = carry
             slot = lax.rem(step, stages)
             q_c, k_c, v_c = q_s.at[slot], k_s.at[slot], v_s.at[slot]
-            q_own, k_own, gates = q_c.at[:, own], k_c.at[:, own], g_s.at[slot].at[:, own]
+            q_own, k_own, gates = (x.at[slot, :, own] for x in (q_s, k_s, g_s))
             # A zero that the compiler cannot see through: what it indexes is not hoisted out of the loop into scarce
             # registers.
             zero = zero_s[0]
-            S_s, tables, of_gates = states_s.at[zero], codes_s.at[zero], matrices_s.at[zero]
+            S_s, table, of_gates = (lambda *index, x=x: x.at[zero, *index] for x in (states_s, codes_s, matrices_s))
 
             def agreed(use, rows):
                 """Whether no warpgroup noted, for this use, an exceeded limit in any of `rows`."""
@@ -184,19 +184,19 @@ def forward(
             def tier_1():
                 entered = before * entering if packed else before
                 around_middle(q_own, k_own, D, scale)
-                S_s.at[own][...] = (S * along_rows(entered, (64, VB))).astype(BF16)
+                S_s(own)[...] = (S * along_rows(entered, (64, VB))).astype(BF16)
                 plgpu.commit_smem()
                 meet(barrier)
                 note_tier(step, 1)
-                P = where(has(load(tables.at[0]), LOWER | DIAGONAL), product(q_c, k_c.T, TILE), 0.0)
+                P = where(has(load(table(0)), LOWER | DIAGONAL), product(q_c, k_c.T, TILE), 0.0)
                 return P.astype(BF16), entered, after
 
             def tiers_2_and_3():
                 P, whole = forward_tiers.tiers_2_and_3(
-                    q_own, k_own, gates, S_s, o_s, tables, of_gates, rows_s, w, scale=scale, product=product,
-                    barrier=barrier, agreed=agreed, note_tier=functools.partial(note_tier, step),
+                    q_own, k_own, gates, S_s, o_s, table, of_gates, rows_s, w, value_block=VB, scale=scale,
+                    product=product, barrier=barrier, agreed=agreed, note_tier=functools.partial(note_tier, step),
                 )  # fmt: skip
-                S_s.at[own][...] = (S * entering if packed else S).astype(BF16)
+                S_s(own)[...] = (S * entering if packed else S).astype(BF16)
                 plgpu.commit_smem()
                 meet(barrier)
                 return P, whole * entering if packed else whole, plgpu.layout_cast(jnp.ones((64,), F32), ROW)
@@ -232,11 +232,11 @@ def forward(
 
                     @pl.when(w == n)
                     def _(to=to):
-                        plgpu.copy_smem_to_gmem(S_s.at[own], to.at[b, rows, h, columns])
+                        plgpu.copy_smem_to_gmem(S_s(own), to.at[b, rows, h, columns])
 
             @pl.when((w == 0) | (VB >= 64 * W))  # 64 columns are one warpgroup's work
             def _():
-                o = product.total([(q_c, S_s.at[:, own_values]), (P, v_c.at[:, own_values])], (64, VW))
+                o = product.total([(q_c, S_s(slice(None), own_values)), (P, v_s.at[slot, :, own_values])], (64, VW))
                 o_s.at[w][...] = o.astype(BF16)
                 plgpu.commit_smem()
                 out = pl.ds(block * VB + own_values.start, VW)
@@ -250,7 +250,7 @@ def forward(
 
             # The gates of the next chunk come along with the state (after the last chunk: no matter).
             onto = S * along_rows(before, (64, VB))
-            gate = gate_products(g_s.at[following].at[:, own], of_gates)
+            gate = gate_products(g_s.at[following, :, own], of_gates)
             moved, *ahead = product.beside([(k_own.T, v_c)], onto, *gate)
             moved = moved * along_rows(after, (64, VB))
             ahead = noted(*ahead)
@@ -271,7 +271,7 @@ def forward(
         )  # fmt: skip
         document = documents_g[b, jnp.maximum(first * CHUNK - 1, 0)] if packed else jnp.int32(0)
         plgpu.barrier_wait(arrived.at[0])
-        gated = noted(*product.several(*gate_products(g_s.at[0].at[:, own], matrices_s.at[zero_s[0]])))
+        gated = noted(*product.several(*gate_products(g_s.at[0, :, own], lambda rows: matrices_s.at[zero_s[0], rows])))
         plgpu.commit_smem()
         meet(barrier)
         S, *_ = lax.fori_loop(0, steps, chunk, (S, document, gated))

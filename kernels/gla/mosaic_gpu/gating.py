@@ -11,9 +11,9 @@ from .tables import FIRST, SECOND
 from .warpgroup import BF16, F32, iota, load, where
 
 
-def half_sums(gates, of_gates) -> list:
+def half_sums(gates, matrices) -> list:
     """Products whose rows are the sums of a key channel's gates over the first half of the chunk, and the second."""
-    return [([(gates.T, of_gates.at[pl.ds(start, 8)].T)], (64, 8)) for start in (FIRST, SECOND)]
+    return [([(gates.T, matrices(pl.ds(start, 8)).T)], (64, 8)) for start in (FIRST, SECOND)]
 
 
 def around_middle(q, k, exponents: jax.Array, scale) -> None:

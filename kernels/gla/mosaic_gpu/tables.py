@@ -104,6 +104,6 @@ def has_all(code: jax.Array, bits) -> jax.Array:
     return (code & mask(bits)) == mask(bits)
 
 
-def matrix(codes_s, table, bit) -> jax.Array:
+def matrix(table_s, bit) -> jax.Array:
     """A register operand of `wgmma`: `bit` of a table in shared memory."""
-    return lax.bitcast_convert_type(load(codes_s.at[table]) & mask(1 << bit), BF16)
+    return lax.bitcast_convert_type(load(table_s) & mask(1 << bit), BF16)
