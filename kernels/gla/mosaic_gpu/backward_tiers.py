@@ -24,6 +24,7 @@ from .tables import (
     has,
     has_all,
     level_of,
+    to_exponents,
 )
 from .warpgroup import BF16, F32, ROW, TILE, WGMMA, along_rows, load, meet, pin, where
 
@@ -120,22 +121,20 @@ def tiers_2_and_3(walk: Walk, step, within, dS, of_first, of_last, parking, *, s
     def bounded():
         """Blocks of 16 rows around their middles, without the diagonal."""
         v = walk.at(step)
-        queries, keys = v.out_q, v.dS_tile
-        gating.blocks_of_16(v.q_own, v.k_own, queries, keys, gating.signed_in_16(v.exponents(*LEVELS[3])), scale)
+        e = pin(gating.signed_in_16(v.exponents(*LEVELS[3])))
+        gating.blocks_of_16(v.q_own, v.k_own, v.out_q, v.dS_tile, e, scale)
         plgpu.commit_smem()
         meet(barrier)
         pairs = product.total([(x, y.T) for x, y in zip(v.dS_tile_of, v.out_q_of, strict=True)], TILE)
         add_pairs(v, pairs, has(v.pairs(), UPPER_IN_16))
         v = walk.at(step)
-        queries, keys = v.out_q, v.dS_tile
-        for_q = product(chosen_dP(v, LOWER_IN_16), keys, TILE)
-        changed = pin(change + for_q * load(queries).astype(F32))
-        dq_more = pin(dq + for_q * jnp.exp2(gating.signed_in_16(v.exponents(*LEVELS[3]))))
+        for_q = product(chosen_dP(v, LOWER_IN_16), v.dS_tile, TILE)
+        changed = pin(change + for_q * load(v.out_q).astype(F32))
+        dq_more = pin(dq + for_q * jnp.exp2(e))
         v = walk.at(step)
-        queries, keys = v.out_q, v.dS_tile
-        for_k = product(chosen_dP(v, UPPER_IN_16), queries, TILE)
-        changed = pin(changed - for_k * load(keys).astype(F32))
-        return dq_more, pin(dk + for_k * jnp.exp2(-gating.signed_in_16(v.exponents(*LEVELS[3])))), changed
+        for_k = product(chosen_dP(v, UPPER_IN_16), v.out_q, TILE)
+        changed = pin(changed - for_k * load(v.dS_tile).astype(F32))
+        return dq_more, pin(dk + for_k * jnp.exp2(-e)), changed
 
     dq, dk, change = lax.cond(within, bounded, lambda: (dq, dk, change))
     meet(barrier)
@@ -148,20 +147,24 @@ def tiers_2_and_3(walk: Walk, step, within, dS, of_first, of_last, parking, *, s
     w, rows_s = walk.warpgroup, walk.rows_s
     rows_s.at[1, w][...] = jnp.sum(load(v.q_own).astype(F32) * load(v.k_own).astype(F32), axis=1) * scale
     v = walk.at(step)
-    v.q_own[...] = (load(v.q_own).astype(F32) * (jnp.exp2(v.exponents(*PREFIX)) * scale)).astype(BF16)
+    for_q, e = product.several(([(v.do, v.S_own.T)], TILE), v.sums(*PREFIX))
+    for_q, e = of_first(for_q), pin(jnp.exp2(e * to_exponents(PREFIX[1])))
+    v.out_q[...] = ((dq + for_q * e) * scale).astype(BF16)
     v = walk.at(step)
-    v.k_own[...] = (load(v.k_own).astype(F32) * jnp.exp2(v.exponents(*SUFFIX))).astype(BF16)
+    gated = pin((load(v.q_own).astype(F32) * (e * scale)).astype(BF16))
+    change = pin(change + for_q * gated.astype(F32))
+    v.q_own[...] = gated
+    v = walk.at(step)
     v.dS_own[...] = load(parking(v), optimized=False).astype(BF16)
     plgpu.commit_smem()
+    for_k, e = product.several(([(v.v, v.dS_own.T)], TILE), v.sums(*SUFFIX))
+    for_k, e = of_last(for_k), pin(jnp.exp2(e * to_exponents(SUFFIX[1])))
+    dk = pin((dk + for_k * e).astype(BF16))
+    gated = pin((load(v.k_own).astype(F32) * e).astype(BF16))
+    later = pin((for_k * gated.astype(F32)).astype(BF16))
+    v.k_own[...] = gated
+    plgpu.commit_smem()
     meet(barrier)
-    v = walk.at(step)
-    for_q = of_first(product(v.do, v.S_own.T, TILE))
-    change = pin(change + for_q * load(v.q_own).astype(F32))
-    v.out_q[...] = ((dq + for_q * jnp.exp2(v.exponents(*PREFIX))) * scale).astype(BF16)
-    v = walk.at(step)
-    for_k = of_last(product(v.v, v.dS_own.T, TILE))
-    later = pin((for_k * load(v.k_own).astype(F32)).astype(BF16))
-    dk = (dk + for_k * jnp.exp2(v.exponents(*SUFFIX))).astype(BF16)
     v = walk.at(step)
     total = load(rows_s.at[1, 0], ROW)
     for j in range(1, W):
