@@ -20,7 +20,8 @@ def shard_over_batch_and_heads(fn: Callable, inputs: Sequence[str], outputs: Seq
     for keys, "B H K V" for states, "B T" for segment ids. B, and with it H and G (H a multiple of G, query head h
     reading group h // (H / G)), stay as sharded as the first input is, as far as their sizes divide; where H is sharded
     more ways than G divides, heads are gathered first, since a device then has no whole group. Every other axis is
-    gathered. An output with neither H nor G is a sum over heads: each device's part is added to the others'.
+    gathered. An output with neither H nor G is a sum over heads: each device's part is added to the others'. Constant
+    arrays are inputs too, with axes of other names: custom_partitioning takes no function that holds any.
 
     Vmapped axes become part of B. There is no derivative: call it inside the forward and backward rules of a
     custom_vjp.
@@ -49,7 +50,10 @@ def shard_over_batch_and_heads(fn: Callable, inputs: Sequence[str], outputs: Seq
 
     @batched.def_vmap
     def fold(size, in_batched, *arrays):
-        arrays = [_fold(x, size, is_batched) for x, is_batched in zip(arrays, in_batched, strict=True)]
+        arrays = [
+            _fold(x, size, is_batched) if "B" in axes else x
+            for x, axes, is_batched in zip(arrays, inputs, in_batched, strict=True)
+        ]
         return tuple(_unfold(x, size) for x in batched(*arrays)), (True,) * len(outputs)
 
     return batched

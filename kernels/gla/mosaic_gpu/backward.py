@@ -29,7 +29,7 @@ from .anchors import CHUNK, FLOOR
 from .backward_chunk import Walk
 from .backward_tiers import tier_1, tiers_2_and_3
 from .pieces import WHOLE, Cut, Pieces, carry_in
-from .tables import DIAGONAL, FIRST, LOWER, MATRIX_ROWS, SECOND, UPPER, codes, document_codes, has, matrices
+from .tables import DIAGONAL, FIRST, LOWER, MATRIX_ROWS, SECOND, UPPER, document_codes, has
 from .warpgroup import (
     BF16,
     COLUMN,
@@ -64,6 +64,8 @@ def backward(
     do,
     chunk_tiers,
     states,
+    codes,
+    matrices,
     *,
     scale,
     tiles: BackwardTiles,
@@ -77,6 +79,7 @@ def backward(
     Args:
       q [B, T, H, K], k and log_alpha [B, T, G, K], v [B, T, G, V], do [B, T, H, V]: bf16, as the forward had them.
       chunk_tiers, states: what `forward` saved: [B, H, T / 64] int32, and [B, T, H, V] bf16 for each 64 key channels.
+      codes, matrices: tables.codes(), tables.matrices().
       final_gradient: [B, H, K, V] float32, gradient of the final state, or None.
       pieces: of a sequence that is cut, what each piece gives the one before it, from `own_gradients`.
       documents: [B, T] int32 as in `forward`, or None.
@@ -301,14 +304,14 @@ def backward(
     ]
     scratch += [plgpu.SMEM((CHUNK,), jnp.int32), plgpu.SMEM((CHUNK,), F32)] if packed else []
     scratch += [shared((W, 64, 64))] if interpreted else []
-    states = [jax.new_ref(states[0]), *states[1:]]
-    operands = [q, k, v, log_alpha, do, chunk_tiers, codes(), matrices(), *states]
-    operands += [final_gradient] if has_final else []
-    operands += [*pieces] if N > 1 else []
+    operands = [q, k, v, log_alpha, do, chunk_tiers, codes, matrices]
+    others = states[1:]
+    others += [final_gradient] if has_final else []
+    others += [*pieces] if N > 1 else []
     if packed:
         goes_on = jnp.diff(documents, axis=1, prepend=documents[:, :1]) == 0
-        operands += [documents, document_codes(documents), goes_on.astype(F32)]
-    dq, dk, dg, initial = plgpu.kernel(
+        others += [documents, document_codes(codes, documents), goes_on.astype(F32)]
+    walk_chunks = plgpu.kernel(
         kernel,
         out_type=out_type,
         scratch_types=scratch,
@@ -319,5 +322,14 @@ def backward(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **({"interpret": interpret} if interpreted else {}),
-    )(*operands)
-    return dq, dk, dg, jax.freeze(states[0]), initial[:, :, 0]
+    )
+
+    def in_place(refs):
+        dv, *gradients = refs
+        for gradient, value in zip(gradients, walk_chunks(*operands, dv, *others), strict=True):
+            gradient[...] = value
+
+    # (run_state and no mutable array: that is an effect, which custom_partitioning does not lower.)
+    before = (states[0], *(jnp.zeros(x.shape, x.dtype) for x in out_type))
+    dv, dq, dk, dg, initial = pl.run_state(in_place)(before)
+    return dq, dk, dg, dv, initial[:, :, 0]

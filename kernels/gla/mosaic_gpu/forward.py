@@ -23,7 +23,7 @@ from . import forward_tiers
 from .anchors import CHUNK, beyond_limit
 from .gating import around_middle, half_sums
 from .pieces import WHOLE, Cut, Pieces, carry_in
-from .tables import DIAGONAL, LOWER, MATRIX_ROWS, MIDDLE, codes, has, matrices
+from .tables import DIAGONAL, LOWER, MATRIX_ROWS, MIDDLE, has
 from .warpgroup import (
     BF16,
     COLUMN,
@@ -57,6 +57,8 @@ def forward(
     k,
     v,
     log_alpha,
+    codes,
+    matrices,
     *,
     scale,
     tiles: ForwardTiles,
@@ -71,6 +73,7 @@ def forward(
     Args:
       q: [B, T, H, K] bf16, T a multiple of 64; K 64 or 128 (wider: wide.py).
       k, log_alpha: [B, T, G, K] bf16. v: [B, T, G, V] bf16, V a multiple of tiles.value_block.
+      codes, matrices: tables.codes(either_side=False), tables.matrices().
       scale: multiplies q.
       initial_state: [B, H, K, V] float32, or None for zero.
       pieces: of a sequence that is cut, what each piece adds to the state, from `own_states`.
@@ -286,7 +289,7 @@ def forward(
     if save_states:
         out_type += [jax.ShapeDtypeStruct((B, H, T // CHUNK), jnp.int32)]
         out_type += [jax.ShapeDtypeStruct((B, T, H, V), BF16)] * (K // 64)
-    operands = [q, k, v, log_alpha, codes(either_side=False), matrices()]
+    operands = [q, k, v, log_alpha, codes, matrices]
     operands += [initial_state] if has_state else []
     operands += [pieces.own, pieces.decay] if N > 1 else []
     operands += [documents] if packed else []

@@ -10,11 +10,13 @@ from ..partition import shard_over_batch_and_heads
 from .anchors import CHUNK
 from .backward import backward
 from .forward import forward
-from .pieces import own_gradients, own_states
+from .pieces import decay_sums, own_gradients, own_states
+from .tables import codes, matrices
 from .tiles import backward_tiles, forward_tiles, is_wide, padded_widths
 from .wide_operator import attend as attend_wide
 
 CAPABILITY = "9.0"
+CONSTANTS = ["X Y Z", "M Z", "N Z"]  # axes of codes, matrices and decay_sums
 
 
 def unsupported(q, k, v, log_alpha, *, initial_state, segment_ids, return_final_state, platform) -> str | None:
@@ -81,19 +83,20 @@ def _attend_forward(scale, return_final_state, interpret, *inputs):
 def _attend_backward(scale, return_final_state, interpret, residuals, cotangents):
     (q, k, v, log_alpha, state, documents), saved = residuals
     do, d_final = cotangents
-    names = ["B T H K", "B T G K", "B T G V", "B T G K", "B T H V", "B H C", *["B T H V"] * (len(saved) - 1)]
-    arrays = [q, k, v, log_alpha, do, *saved]
+    names = ["B T H K", "B T G K", "B T G V", "B T G K", "B T H V", *CONSTANTS]
+    arrays = [q, k, v, log_alpha, do, *map(jnp.asarray, (codes(), matrices(), decay_sums(reverse=True)))]
+    names, arrays = [*names, "B H C", *["B T H V"] * (len(saved) - 1)], [*arrays, *saved]
     if return_final_state:
         names, arrays = [*names, "B H K V"], [*arrays, d_final]
     if documents is not None:
         names, arrays = [*names, "B T"], [*arrays, documents]
 
-    def run(q, k, v, log_alpha, do, *rest):
+    def run(q, k, v, log_alpha, do, codes, matrices, sums, *rest):
         (tiers_of_chunks, *states), rest = rest[: len(saved)], list(rest[len(saved) :])
         final_gradient = rest.pop(0) if return_final_state else None
         options = {"scale": scale, "documents": rest.pop(0) if rest else None, "interpret": interpret}
         tiles = backward_tiles(q.shape, v.shape)
-        pieces = own_gradients(q, do, log_alpha, cut=tiles.cut, **options) if tiles.cut.pieces > 1 else None
+        pieces = own_gradients(q, do, log_alpha, sums, cut=tiles.cut, **options) if tiles.cut.pieces > 1 else None
         dq, dk, dg, dv, d_initial = backward(
             q,
             k,
@@ -102,6 +105,8 @@ def _attend_backward(scale, return_final_state, interpret, residuals, cotangents
             do,
             tiers_of_chunks,
             states,
+            codes,
+            matrices,
             tiles=tiles,
             final_gradient=final_gradient,
             pieces=pieces,
@@ -120,20 +125,21 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def _forward(scale, interpret, save_states, q, k, v, log_alpha, state, documents):
     """o, the final state, and the states that enter each chunk (None unless they are to be saved), per shard."""
-    names, arrays = ["B T H K", "B T G K", "B T G V", "B T G K"], [q, k, v, log_alpha]
+    names, arrays = ["B T H K", "B T G K", "B T G V", "B T G K", *CONSTANTS], [q, k, v, log_alpha]
+    arrays += map(jnp.asarray, (codes(either_side=False), matrices(), decay_sums(reverse=False)))
     if state is not None:
         names, arrays = [*names, "B H K V"], [*arrays, state]
     if documents is not None:
         names, arrays = [*names, "B T"], [*arrays, documents]
 
-    def run(q, k, v, log_alpha, *rest):
+    def run(q, k, v, log_alpha, codes, matrices, sums, *rest):
         rest = list(rest)
         initial_state = rest.pop(0) if state is not None else None
         options = {"documents": rest.pop(0) if rest else None, "interpret": interpret}
         tiles = forward_tiles(q.shape, v.shape)
-        pieces = own_states(k, v, log_alpha, cut=tiles.cut, **options) if tiles.cut.pieces > 1 else None
+        pieces = own_states(k, v, log_alpha, sums, cut=tiles.cut, **options) if tiles.cut.pieces > 1 else None
         o, final_state, states = forward(
-            q, k, v, log_alpha, scale=scale, tiles=tiles, initial_state=initial_state, pieces=pieces,
+            q, k, v, log_alpha, codes, matrices, scale=scale, tiles=tiles, initial_state=initial_state, pieces=pieces,
             save_states=save_states, **options,
         )  # fmt: skip
         return o, final_state, *states

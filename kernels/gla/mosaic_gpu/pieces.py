@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -60,21 +61,30 @@ class Pieces(NamedTuple):
     decay: Float[Array, "B heads N-1 K"]
 
 
-def own_states(k, v, log_alpha, *, cut: Cut, documents=None, interpret=None) -> Pieces:
+def decay_sums(*, reverse: bool) -> np.ndarray:
+    """Rows that sum the gates from each token to the end of its chunk, or from its start, and 8 that sum all: [72, 64]
+    bf16."""
+    i, t = np.arange(64)[:, None], np.arange(64)[None]
+    return np.concatenate([t <= i if reverse else t > i, np.ones((8, 64), bool)]).astype(BF16)
+
+
+def own_states(k, v, log_alpha, sums, *, cut: Cut, documents=None, interpret=None) -> Pieces:
     """The state that each piece but the last builds from zero.
 
     k, log_alpha: [B, T, G, K] bf16, T a multiple of 64, K a multiple of 64. v: [B, T, G, V] bf16.
+    sums: decay_sums(reverse=False).
     documents: [B, T] int32 or None. A document that ends in a piece leaves nothing, and lets nothing through.
     """
-    return _walk(k, v, log_alpha, 1.0, cut, documents, False, interpret)
+    return _walk(k, v, log_alpha, sums, 1.0, cut, documents, False, interpret)
 
 
-def own_gradients(q, do, log_alpha, *, scale, cut: Cut, documents=None, interpret=None) -> Pieces:
+def own_gradients(q, do, log_alpha, sums, *, scale, cut: Cut, documents=None, interpret=None) -> Pieces:
     """The gradient that each piece but the first gives the state that enters it, where none leaves it.
 
-    q: [B, T, H, K] bf16. do: [B, T, H, V] bf16. log_alpha: [B, T, G, K] bf16.
+    q: [B, T, H, K] bf16. do: [B, T, H, V] bf16. log_alpha: [B, T, G, K] bf16. sums:
+    decay_sums(reverse=True).
     """
-    return _walk(q, do, log_alpha, scale, cut, documents, True, interpret)
+    return _walk(q, do, log_alpha, sums, scale, cut, documents, True, interpret)
 
 
 def carry_in(initial, own, decay, width, count, which):
@@ -92,7 +102,7 @@ def carry_in(initial, own, decay, width, count, which):
     return lax.fori_loop(0, count, through, S)
 
 
-def _walk(x, y, log_alpha, scale, cut, documents, reverse, interpret):
+def _walk(x, y, log_alpha, sums, scale, cut, documents, reverse, interpret):
     """sum over rows of (x * what decays until the piece's end, or from its start)^T y."""
     (B, T, H, K), V, G = x.shape, y.shape[-1], log_alpha.shape[2]
     VB = min(V, 128)
@@ -176,8 +186,6 @@ def _walk(x, y, log_alpha, scale, cut, documents, reverse, interpret):
         def _():
             decay_g.at[b, h, n, keys][...] = decay
 
-    i, t = jnp.arange(64)[:, None], jnp.arange(64)[None]
-    sums = jnp.concatenate([t <= i if reverse else t > i, jnp.ones((8, 64), bool)]).astype(BF16)
     scratch = [
         shared((STAGES, CHUNK, 64)),
         shared((STAGES, CHUNK, VB)),

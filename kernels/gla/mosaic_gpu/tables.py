@@ -19,6 +19,7 @@ bf16, a power of two: `wgmma` takes it from registers as it stands, and the powe
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .anchors import CHUNK
@@ -38,37 +39,41 @@ MIDDLE, FIRST, SECOND = 0, 64, 72
 MATRIX_ROWS = 80
 
 
-def codes(either_side: bool = True) -> jax.Array:
-    """The two tables, [2, 64, 64] int16; table 0 also has the bits of pairs, those of levels for i < t too or not."""
-    i, t = jnp.arange(64)[:, None], jnp.arange(64)[None]
+def codes(either_side: bool = True) -> np.ndarray:
+    """The two tables, [2, 64, 64] int16; table 0 also has the bits of pairs, those of levels for i < t too or not.
+
+    (A constant of the program: made of jax operations it would be one more kernel to compile, and to launch each time.)
+    """
+    i, t = np.arange(64)[:, None], np.arange(64)[None]
     apart = i ^ t
 
     def level(n):  # within a half: through row i in a right one, after row i in a left one
-        return (apart < 1 << n) & jnp.where((i >> n) & 1 == 1, t <= i, t > i)
+        return (apart < 1 << n) & np.where((i >> n) & 1 == 1, t <= i, t > i)
 
     matrices = {**{where: level(n) for n, where in LEVELS.items()}, PREFIX: t <= i, SUFFIX: t > i}
     pairs = {1 << n: ((apart >> n) == 1) & (either_side | (i > t)) for n in range(6)}
     pairs |= {DIAGONAL: i == t, LOWER: i > t, UPPER: i < t}
     pairs |= {LOWER_IN_16: (i > t) & (apart < 16), UPPER_IN_16: (i < t) & (apart < 16)}
-    tables = [sum(jnp.where(set_, bit, 0) for bit, set_ in pairs.items()), jnp.zeros((64, 64), jnp.int32)]
+    tables = np.zeros((2, 64, 64), np.int16)
+    tables[0] = sum(np.where(set_, bit, 0) for bit, set_ in pairs.items())
     for (table, bit), set_ in matrices.items():
-        tables[table] += jnp.where(set_, 1 << bit, 0)
-    return jnp.stack(tables).astype(jnp.int16)
+        tables[table] |= np.where(set_, 1 << bit, 0).astype(np.int16)
+    return tables
 
 
-def matrices() -> jax.Array:
+def matrices() -> np.ndarray:
     """[80, 64] bf16: see MIDDLE, FIRST and SECOND."""
-    i, t = jnp.arange(64)[:, None], jnp.arange(64)[None]
-    middle = jnp.where((t >= 32) & (t <= i), 1.0, 0.0) - jnp.where((t < 32) & (t > i), 1.0, 0.0)
-    first, second = (jnp.broadcast_to(jnp.where(rows, 1.0, 0.0), (8, 64)) for rows in (t < 32, t >= 32))
-    return jnp.concatenate([middle, first, second]).astype(BF16)
+    i, t = np.arange(64)[:, None], np.arange(64)[None]
+    middle = 1.0 * ((t >= 32) & (t <= i)) - 1.0 * ((t < 32) & (t > i))
+    halves = [np.broadcast_to(1.0 * rows, (8, 64)) for rows in (t < 32, t >= 32)]
+    return np.concatenate([middle, *halves]).astype(BF16)
 
 
-def document_codes(documents: jax.Array) -> jax.Array:
-    """Table 0 of each chunk, with no bit for pairs of different documents. [B, T / 64, 64, 64] int16."""
+def document_codes(codes: jax.Array, documents: jax.Array) -> jax.Array:
+    """Table 0 of `codes` for each chunk, with no bit for pairs of different documents. [B, T / 64, 64, 64] int16."""
     rows = documents.reshape(documents.shape[0], -1, CHUNK)
     together = rows[..., :, None] == rows[..., None, :]
-    table = codes()[0]
+    table = codes[0]
     return jnp.where(together, table, table & ~jnp.int16(PAIRS))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.gla.mosaic_gpu.pieces import WHOLE, Cut, own_gradients, own_states
+from kernels.gla.mosaic_gpu.pieces import WHOLE, Cut, decay_sums, own_gradients, own_states
 from kernels.gla.mosaic_gpu.tiles import backward_tiles, forward_tiles
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the interpreter runs on CPU")
@@ -40,7 +40,9 @@ def check(got, want):
 
 def test_own_states(case, capfd):
     x, documents = case
-    got = own_states(x["k"], x["v"], x["log_alpha"], cut=Cut(N), documents=documents, interpret=INTERPRET)
+    got = own_states(
+        x["k"], x["v"], x["log_alpha"], decay_sums(reverse=False), cut=Cut(N), documents=documents, interpret=INTERPRET
+    )
     k, v, g = (np.asarray(x[name][0, :, 0], np.float64) for name in ("k", "v", "log_alpha"))
     ids = np.zeros(N * LENGTH) if documents is None else documents[0]
     for n in range(N - 1):
@@ -57,7 +59,14 @@ def test_own_states(case, capfd):
 def test_own_gradients(case, capfd):
     x, documents = case
     got = own_gradients(
-        x["q"], x["do"], x["log_alpha"], scale=0.5, cut=Cut(N), documents=documents, interpret=INTERPRET
+        x["q"],
+        x["do"],
+        x["log_alpha"],
+        decay_sums(reverse=True),
+        scale=0.5,
+        cut=Cut(N),
+        documents=documents,
+        interpret=INTERPRET,
     )
     g = np.asarray(x["log_alpha"][0, :, 0], np.float64)
     ids = np.zeros(N * LENGTH) if documents is None else documents[0]
