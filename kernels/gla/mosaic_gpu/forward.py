@@ -73,7 +73,7 @@ def forward(
     Args:
       q: [B, T, H, K] bf16, T a multiple of 64; K 64 or 128 (wider: wide.py).
       k, log_alpha: [B, T, G, K] bf16. v: [B, T, G, V] bf16, V a multiple of tiles.value_block.
-      codes, matrices: tables.codes(either_side=False), tables.matrices().
+      codes, matrices: tables.codes(), tables.matrices().
       scale: multiplies q.
       initial_state: [B, H, K, V] float32, or None for zero.
       pieces: of a sequence that is cut, what each piece adds to the state, from `own_states`.
@@ -196,7 +196,7 @@ def forward(
 
             def tiers_2_and_3():
                 P, whole = forward_tiers.tiers_2_and_3(
-                    q_own, k_own, gates, S_s, o_s, table, of_gates, rows_s, w, value_block=VB, scale=scale,
+                    q_own, k_own, gates, S_s, o_s, table, of_gates, rows_s, zero, w, value_block=VB, scale=scale,
                     product=product, barrier=barrier, agreed=agreed, note_tier=functools.partial(note_tier, step),
                 )  # fmt: skip
                 S_s(own)[...] = (S * entering if packed else S).astype(BF16)

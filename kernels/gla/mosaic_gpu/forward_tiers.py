@@ -12,6 +12,7 @@ from .tables import (
     DIAGONAL,
     LEVELS,
     LOG2_E,
+    LOWER,
     LOWER_IN_16,
     PREFIX,
     SUFFIX,
@@ -20,18 +21,18 @@ from .tables import (
     matrix,
     to_exponents,
 )
-from .warpgroup import BF16, F32, ROW, TILE, WGMMA, along_rows, load, meet, pin, where
+from .warpgroup import BF16, F32, ROW, TILE, WGMMA, along_rows, iota, load, meet, pin, where
 
 
 def tiers_2_and_3(
-    q, k, gates, S, o_s, codes, matrices, rows_s, w, *, value_block, scale, product, barrier, agreed, note_tier
+    q, k, gates, S, o_s, codes, matrices, rows_s, zero, w, *, value_block, scale, product, barrier, agreed, note_tier
 ) -> tuple[jax.Array, jax.Array]:
     """P in bf16, and exp of all the chunk's gates. q and k are left gated from its start and to its end.
 
     Args:
       q, k, gates: the chunk's tiles of warpgroup w.
       S, o_s: where the state and o will be; free until then, and the room of the levels' tiles.
-      S, codes, matrices: functions of an index.
+      S, codes, matrices: functions of an index. zero: an int32 read from shared memory.
       rows_s: rows 1 and 2 are free. agreed(use, rows): whether all of row `use` noted no exceeded limit.
       note_tier: called with the tier.
     """
@@ -50,6 +51,10 @@ def tiers_2_and_3(
     within = agreed(1, [row + end for row in range(0, 64, 16) for end in (0, 15)])
     note_tier(jnp.where(within, 2, 3))
 
+    # What a level finds for pairs of finer levels is overwritten by those, so its pairs are those of its blocks. Bit 0
+    # counts for no level: without it both columns of a register have one comparison. `zero` is not seen through.
+    apart = ((iota(0) + zero) ^ iota(1)) & ~1
+
     def level(i, carry):
         P, D = carry
         n = 5 - i
@@ -61,7 +66,7 @@ def tiers_2_and_3(
         meet(barrier)
         tiles = [S(pl.ds(64 * j, 64), columns) for j in range(W)]
         pairs, D = product.several(([(x, x.T) for x in tiles], TILE), sums(*level_of(jnp.maximum(n - 1, 0))))
-        P = pin(where(has(load(codes(0)), 1 << n), pairs, P))
+        P = pin(where(apart < (2 << n), pairs, P))
         if not wide:
             meet(barrier)
         return P, D
@@ -94,7 +99,8 @@ def tiers_2_and_3(
             total = load(rows_s.at[2, 0], ROW) + load(rows_s.at[2, 1], ROW)
         return where(has(load(codes(0)), DIAGONAL), along_rows(total, TILE), P)
 
-    P = pin((lax.cond(within, bounded, diagonal) * scale).astype(BF16))
+    P = where(has(load(codes(0)), LOWER | DIAGONAL), lax.cond(within, bounded, diagonal), 0.0)
+    P = pin((P * scale).astype(BF16))
     before, after, *halves = product.several(sums(*PREFIX), sums(*SUFFIX), *gating.half_sums(gates, matrices))
     gating.whole_chunk(q, k, before * to_exponents(PREFIX[1]), after * to_exponents(SUFFIX[1]), scale)
     meet(barrier)  # the tiles are read, and S can be written

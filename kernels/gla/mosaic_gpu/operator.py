@@ -126,7 +126,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 def _forward(scale, interpret, save_states, q, k, v, log_alpha, state, documents):
     """o, the final state, and the states that enter each chunk (None unless they are to be saved), per shard."""
     names, arrays = ["B T H K", "B T G K", "B T G V", "B T G K", *CONSTANTS], [q, k, v, log_alpha]
-    arrays += map(jnp.asarray, (codes(either_side=False), matrices(), decay_sums(reverse=False)))
+    arrays += map(jnp.asarray, (codes(), matrices(), decay_sums(reverse=False)))
     if state is not None:
         names, arrays = [*names, "B H K V"], [*arrays, state]
     if documents is not None:

@@ -39,8 +39,8 @@ MIDDLE, FIRST, SECOND = 0, 64, 72
 MATRIX_ROWS = 80
 
 
-def codes(either_side: bool = True) -> np.ndarray:
-    """The two tables, [2, 64, 64] int16; table 0 also has the bits of pairs, those of levels for i < t too or not.
+def codes() -> np.ndarray:
+    """The two tables, [2, 64, 64] int16; table 0 also has the bits of pairs.
 
     (A constant of the program: made of jax operations it would be one more kernel to compile, and to launch each time.)
     """
@@ -51,7 +51,7 @@ def codes(either_side: bool = True) -> np.ndarray:
         return (apart < 1 << n) & np.where((i >> n) & 1 == 1, t <= i, t > i)
 
     matrices = {**{where: level(n) for n, where in LEVELS.items()}, PREFIX: t <= i, SUFFIX: t > i}
-    pairs = {1 << n: ((apart >> n) == 1) & (either_side | (i > t)) for n in range(6)}
+    pairs = {1 << n: (apart >> n) == 1 for n in range(6)}
     pairs |= {DIAGONAL: i == t, LOWER: i > t, UPPER: i < t}
     pairs |= {LOWER_IN_16: (i > t) & (apart < 16), UPPER_IN_16: (i < t) & (apart < 16)}
     tables = np.zeros((2, 64, 64), np.int16)
