@@ -33,7 +33,7 @@ sys.exit(int(os.environ["CODE"]))
 @pytest.mark.parametrize("code", [2, 143])
 def test_the_template(tmp_path, code):
     """Both tasks get the arguments and find their places; only a run that was stopped queues itself again."""
-    for name, text in {"srun": SRUN, "scontrol": f"#!/bin/sh\necho requeued \"$@\" >> {tmp_path}/queue\n"}.items():
+    for name, text in {"srun": SRUN, "scontrol": f'#!/bin/sh\necho requeued "$@" >> {tmp_path}/queue\n'}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     (tmp_path / "task.py").write_text(TASK)

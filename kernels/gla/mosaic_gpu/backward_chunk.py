@@ -77,13 +77,9 @@ class Chunk:
     def pairs(self) -> jax.Array:
         return load(self.tile("codes", 0))
 
-    def sums(self, table, bit):
-        """A product: sums of gates, those that `bit` of a table says, but for the factor of `to_exponents`."""
-        return [(matrix(self.tile("codes", table), bit), self.g_own)], TILE
-
     def exponents(self, table, bit) -> jax.Array:
-        """Sums of gates, in log2."""
-        return self.product.total(*self.sums(table, bit)) * to_exponents(bit)
+        """Sums of gates, in log2: those that `bit` of a table says."""
+        return self.product(matrix(self.tile("codes", table), bit), self.g_own, TILE) * to_exponents(bit)
 
     def around_middle(self) -> jax.Array:
         return self.product(self.tile("matrices", pl.ds(MIDDLE, 64)), self.g_own, TILE)

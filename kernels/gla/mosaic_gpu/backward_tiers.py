@@ -24,7 +24,6 @@ from .tables import (
     has,
     has_all,
     level_of,
-    to_exponents,
 )
 from .warpgroup import BF16, F32, ROW, TILE, WGMMA, along_rows, load, meet, pin, where
 
@@ -147,8 +146,9 @@ def tiers_2_and_3(walk: Walk, step, within, dS, of_first, of_last, parking, *, s
     w, rows_s = walk.warpgroup, walk.rows_s
     rows_s.at[1, w][...] = jnp.sum(load(v.q_own).astype(F32) * load(v.k_own).astype(F32), axis=1) * scale
     v = walk.at(step)
-    for_q, e = product.several(([(v.do, v.S_own.T)], TILE), v.sums(*PREFIX))
-    for_q, e = of_first(for_q), pin(jnp.exp2(e * to_exponents(PREFIX[1])))
+    e = pin(jnp.exp2(v.exponents(*PREFIX)))
+    v = walk.at(step)
+    for_q = of_first(product(v.do, v.S_own.T, TILE))
     v.out_q[...] = ((dq + for_q * e) * scale).astype(BF16)
     v = walk.at(step)
     gated = pin((load(v.q_own).astype(F32) * (e * scale)).astype(BF16))
@@ -157,8 +157,9 @@ def tiers_2_and_3(walk: Walk, step, within, dS, of_first, of_last, parking, *, s
     v = walk.at(step)
     v.dS_own[...] = load(parking(v), optimized=False).astype(BF16)
     plgpu.commit_smem()
-    for_k, e = product.several(([(v.v, v.dS_own.T)], TILE), v.sums(*SUFFIX))
-    for_k, e = of_last(for_k), pin(jnp.exp2(e * to_exponents(SUFFIX[1])))
+    e = pin(jnp.exp2(v.exponents(*SUFFIX)))
+    v = walk.at(step)
+    for_k = of_last(product(v.v, v.dS_own.T, TILE))
     dk = pin((dk + for_k * e).astype(BF16))
     gated = pin((load(v.k_own).astype(F32) * e).astype(BF16))
     later = pin((for_k * gated.astype(F32)).astype(BF16))
