@@ -63,7 +63,7 @@ NEW = 24
 
 @functools.cache
 def model_of(name: str) -> LanguageModel:
-    return LanguageModel((MODELS | LONG)[name], rngs=nnx.Rngs(1))
+    return jax.jit(lambda: LanguageModel((MODELS | LONG)[name], rngs=nnx.Rngs(1)))()
 
 
 def padded(prompts: list[list[int]], filler: int) -> tuple[jnp.ndarray, jnp.ndarray]:
