@@ -1,6 +1,7 @@
 """The products as one Triton kernel, through Pallas: each program reads a few whole rows of W, once."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,9 @@ from jax.experimental.pallas import triton as plt
 MAX_BATCH = 8  # beyond it the matrix units are faster, and XLA's products use them
 WARPS = 4
 LONGEST = 2048  # elements of a row that are one array
-# On an H200 these, of those tried, gave GLA 1.3B the most tokens per second.
-GROUP_BYTES = 8192  # of weights that a program asks for at a time
-MAX_GROUPS = 8
-MIN_PROGRAMS = 512
+# On an H200 these, of those tried (experiments/results/decode_speed), gave GLA 1.3B the most tokens per second.
+ROWS = 2  # of W that a program asks for at a time
+GROUPS = 4  # of them that it makes, one after the other
 
 
 def unsupported(x, weight, *, norm_weight, gate, residual, swiglu, platform) -> str | None:
@@ -32,7 +32,7 @@ def matvec(x, weight, *, norm_weight, gate, residual, swiglu, eps, dtype, interp
     """As in `kernels.matvec`."""
     batch, width = x.shape
     outputs = weight.shape[0] // 2 if swiglu else weight.shape[0]
-    rows, groups = _rows_and_groups(batch, outputs, weight.nbytes // outputs)
+    rows, groups = _rows_and_groups(batch, outputs)
     kernel = functools.partial(
         _kernel,
         rows=rows,
@@ -43,6 +43,7 @@ def matvec(x, weight, *, norm_weight, gate, residual, swiglu, eps, dtype, interp
         has_residual=residual is not None,
         swiglu=swiglu,
         eps=eps,
+        interpret=interpret,
     )
     operands = [array for array in (x, weight, norm_weight, gate, residual) if array is not None]
     return pl.pallas_call(
@@ -55,13 +56,10 @@ def matvec(x, weight, *, norm_weight, gate, residual, swiglu, eps, dtype, interp
     )(*operands)
 
 
-def _rows_and_groups(batch, outputs, output_bytes):
-    """Outputs that a program makes at a time, and how many times. Few programs would leave a part of the GPU idle."""
-    rows = next(n for n in (4, 2, 1) if n == 1 or (outputs % n == 0 and n * output_bytes <= GROUP_BYTES))
-    if batch > 1:  # x would be made again for each group
-        return rows, 1
-    counts = [n for n in range(1, MAX_GROUPS + 1) if outputs % (rows * n) == 0 and outputs >= MIN_PROGRAMS * rows * n]
-    return rows, max(counts, default=1)
+def _rows_and_groups(batch, outputs):
+    """Outputs that a program makes at a time, and how many times."""
+    rows = math.gcd(outputs, ROWS)
+    return rows, math.gcd(outputs // rows, GROUPS if batch == 1 else 1)  # of a batch, x would be made for each group
 
 
 def _pieces(size):
@@ -77,7 +75,7 @@ def _pieces(size):
     return pieces
 
 
-def _kernel(x_ref, weight_ref, *refs, rows, groups, head, gate_offset, has_norm, has_residual, swiglu, eps):
+def _kernel(x_ref, weight_ref, *refs, rows, groups, head, gate_offset, has_norm, has_residual, swiglu, eps, interpret):
     refs = list(refs)
     norm_ref = refs.pop(0) if has_norm else None
     gate_ref = None if gate_offset is None else refs.pop(0)
@@ -110,12 +108,19 @@ def _kernel(x_ref, weight_ref, *refs, rows, groups, head, gate_offset, has_norm,
             xs.append(x.astype(dtype).astype(jnp.float32))
         return xs
 
+    def asked_for(weights):
+        """All of them before anything that follows: the compiler would put loads off to where they are used."""
+        if not interpret:
+            plt.debug_barrier()
+        return weights
+
     # The next group's weights are asked for before this one's are summed, so that some are always on their way.
-    following, first_x = weights_of(0), x_of(0)
+    following = asked_for(weights_of(0))
+    first_x = x_of(0)
     for group in range(groups):
         weights = following
         if group + 1 < groups:
-            following = weights_of(group + 1)
+            following = asked_for(weights_of(group + 1))
         mine = pl.ds(outputs_of(group), rows)
         for row in range(batch):
             xs = first_x if row == 0 else x_of(row)
