@@ -17,6 +17,7 @@ values shown below are those of the chosen preset.
 """
 
 import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -111,8 +112,7 @@ def _with_auto_mesh(argv: list[str]) -> list[str]:
 
 def process_config(argv: list[str]) -> ProcessConfig:
     """The processes' part of a command line, which is read first: the rest asks jax for its devices."""
-    values = zip(argv, [*argv[1:], ""], strict=True)
-    flags = [pair for pair in values if pair[0].startswith("--processes.")]
+    flags = [pair for pair in itertools.pairwise([*argv, ""]) if pair[0].startswith("--processes.")]
     joined = [name if "=" in name else f"{name}={value}" for name, value in flags]
     return tyro.cli(ProcessConfig, args=["--" + flag.removeprefix("--processes.") for flag in joined])
 

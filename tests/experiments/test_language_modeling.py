@@ -7,8 +7,9 @@ import pytest
 
 import glax.layers.gated_linear_attention as gla_layer
 import language_modeling
+from glax.training import ProcessConfig
 from glax.training.utilization import PEAK_FLOPS
-from language_modeling import main
+from language_modeling import main, process_config
 
 
 @pytest.fixture
@@ -30,6 +31,12 @@ def tiny(tmp_path, monkeypatch):
         "sample-tokens": 0,
     }
     return [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
+
+
+def test_flags_of_processes_are_found_among_the_others():
+    assert process_config([]) == ProcessConfig()
+    argv = ["--steps", "4", "--processes.count", "2", "--processes.index=1", "--processes.coordinator", "host:1"]
+    assert process_config(argv) == ProcessConfig(coordinator="host:1", count=2, index=1)
 
 
 def test_default_command_learns(tmp_path, monkeypatch, capfd):
