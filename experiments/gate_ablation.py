@@ -17,19 +17,18 @@ that are there, and within a variant from a copy that it keeps every two minutes
 import dataclasses
 import math
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
-from byte_text import VOCABULARY, ByteModel, ByteText, load_text, window_loss
+from byte_text import VOCABULARY, ByteText, load_text, window_loss
+from text_training import train_on_text
 
 from glax.errors import UserError, exit_code
 from glax.models import ModelConfig
-from many_runs import ManyRuns, Training, text_windows, turn
+from many_runs import text_windows
 from results_file import ResultsFile, plot
 
 VARIANTS = {
@@ -102,33 +101,18 @@ def model_config(variant: str, arguments: Arguments) -> ModelConfig:
 def train(variant: str, arguments: Arguments, text: ByteText) -> dict:
     """Trains all seeds of one variant: a row of the results."""
     config = model_config(variant, arguments)
-    runs = ManyRuns(
-        config,
-        text_windows(arguments.length, arguments.batch),
-        window_loss,
-        Training(steps=arguments.steps, warmup_steps=arguments.steps // 10, final_fraction=0.1),
-        data=jnp.asarray(text.train),
-        learning_rates=(arguments.learning_rate,),
-        seeds=tuple(range(arguments.seeds)),
-        model=ByteModel,
-    )
     held_out = text.held_out_windows(arguments.length, arguments.batch, 32)
-    copy = arguments.results / f"{variant}.npz".replace(" ", "-")
-    piece_steps = max(1, arguments.steps // 10)
-    runs.compile(piece_steps)
-    runs.evaluate(window_loss, held_out)
-    with turn(arguments.turn):
-        started, losses = time.monotonic(), []
-        for piece in runs.train(piece_steps, copy):
-            losses.append(piece.astype(float))
-            print(
-                f"{variant}: step {runs.step}/{arguments.steps}, loss {piece[-1].mean():.4f}, "
-                f"{time.monotonic() - started:.0f} s",
-                flush=True,
-            )
-        held_out_losses = runs.evaluate(window_loss, held_out).astype(float)
-        seconds = time.monotonic() - started
-    copy.unlink(missing_ok=True)
+    losses, held_out_losses, seconds = train_on_text(
+        variant,
+        config,
+        text,
+        arguments,
+        sample=text_windows(arguments.length, arguments.batch),
+        loss=window_loss,
+        looks=10,
+        metrics=window_loss,
+        held_out=held_out,
+    )
     losses = np.concatenate(losses)
     last = losses[-max(1, arguments.steps // 10) :].mean(0)
     return {
@@ -138,7 +122,7 @@ def train(variant: str, arguments: Arguments, text: ByteText) -> dict:
         "training_perplexity": np.exp(last).round(4).tolist(),
         "held_out_perplexity": np.exp(held_out_losses).round(4).tolist(),
         "training_loss": losses[:: max(1, arguments.steps // 100)].mean(1).round(4).tolist(),
-        "seconds": round(seconds, 1),
+        "seconds": seconds,
     }
 
 

@@ -21,7 +21,6 @@ within a training from a copy that it keeps every two minutes.
 import dataclasses
 import re
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,12 +28,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from byte_text import VOCABULARY, ByteModel, ByteText, load_text, token_losses, window_loss
+from byte_text import VOCABULARY, ByteText, load_text, token_losses, window_loss
 from jaxtyping import Array, Float, Int
+from text_training import train_on_text
 
 from glax.errors import UserError, exit_code
 from glax.models import LanguageModel, ModelConfig
-from many_runs import ManyRuns, Training, text_windows, turn
+from many_runs import text_windows
 from results_file import ResultsFile, plot
 
 
@@ -146,16 +146,6 @@ def train(training: str, arguments: Arguments, text: ByteText) -> dict:
     def loss(model, windows):
         return window_loss(model, windows) if segments == 1 else segment_loss(model, windows, segments)
 
-    runs = ManyRuns(
-        config,
-        text_windows(lengths * arguments.length, rows),
-        loss,
-        Training(steps=arguments.steps, warmup_steps=arguments.steps // 10, final_fraction=0.1),
-        data=jnp.asarray(text.train),
-        learning_rates=(arguments.learning_rate,),
-        seeds=tuple(range(arguments.seeds)),
-        model=ByteModel,
-    )
     bucket = max(1, arguments.length // 2)
 
     def by_position(model, windows):
@@ -163,21 +153,17 @@ def train(training: str, arguments: Arguments, text: ByteText) -> dict:
         return jnp.mean(losses.reshape(len(windows), -1, bucket), (0, 2))
 
     windows = text.held_out_windows(arguments.times * arguments.length, max(1, arguments.batch // arguments.times), 32)
-    copy = arguments.results / f"{training}.npz".replace(":", "-")
-    piece_steps = max(1, arguments.steps // 5)
-    runs.compile(piece_steps)
-    runs.evaluate(by_position, windows)
-    with turn(arguments.turn):
-        started = time.monotonic()
-        for piece in runs.train(piece_steps, copy):
-            print(
-                f"{training}: step {runs.step}/{arguments.steps}, loss {piece[-1].mean():.4f}, "
-                f"{time.monotonic() - started:.0f} s",
-                flush=True,
-            )
-        by_bucket = runs.evaluate(by_position, windows).astype(float)
-        seconds = time.monotonic() - started
-    copy.unlink(missing_ok=True)
+    _, by_bucket, seconds = train_on_text(
+        training,
+        config,
+        text,
+        arguments,
+        sample=text_windows(lengths * arguments.length, rows),
+        loss=loss,
+        looks=5,
+        metrics=by_position,
+        held_out=windows,
+    )
     return {
         "training": training,
         "parameters": config.num_parameters(),
@@ -187,7 +173,7 @@ def train(training: str, arguments: Arguments, text: ByteText) -> dict:
         "bucket": bucket,
         "perplexity": np.exp(by_bucket).round(4).tolist(),
         "held_out_bytes_read": windows.shape[0] * windows.shape[1] * (windows.shape[2] - 1),
-        "seconds": round(seconds, 1),
+        "seconds": seconds,
     }
 
 

@@ -103,13 +103,12 @@ class ManyRuns:
     def compile(self, count: int, *data: PyTree) -> None:
         """Compiles the program of ``count`` steps on each of ``data`` (None given: on the runs' own), side by side."""
         wanted = {self._program_key(count, of): of for of in data or (self.data,)}
+        missing = {key: of for key, of in wanted.items() if key not in self._programs}
         advance = jax.jit(self._scan, static_argnames="count", donate_argnums=(0, 1))
         lowered = [
             advance.lower(self.params, self._moments, of, jnp.int32(0), jnp.float32(1), count=count)
-            for key, of in wanted.items()
-            if key not in self._programs
+            for of in missing.values()
         ]
-        missing = [key for key in wanted if key not in self._programs]
         with ThreadPoolExecutor() as threads:
             self._programs.update(zip(missing, threads.map(lambda program: program.compile(), lowered), strict=True))
 
