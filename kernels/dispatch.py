@@ -68,6 +68,15 @@ def compute_capability() -> str | None:
     return getattr(jax.devices("gpu")[0], "compute_capability", None)
 
 
+def hopper_obstacle(name: str, platform: str) -> str | None:
+    """Why kernels compiled for Hopper alone cannot run where argument `name` is; None where they can."""
+    if platform != "gpu":
+        return f"{name} is on platform {platform!r}; the Hopper kernels run on NVIDIA GPUs of compute capability 9.0"
+    if (capability := compute_capability()) != "9.0":
+        return f"the GPU has compute capability {capability}; the Hopper kernels are compiled for 9.0"
+    return None
+
+
 def checked_scale(scale, key_width: int) -> float:
     """K^-0.5 for None, else a finite Python number as a float."""
     if scale is None:

@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from . import gating
-from .anchors import FLOOR
+from .anchors import FLOOR, right_half
 from .backward_chunk import Walk
 from .tables import (
     DIAGONAL,
@@ -97,7 +97,7 @@ def tiers_2_and_3(walk: Walk, step, within, dS, of_first, of_last, parking, *, s
         dq, dk, change = carry
         n = 5 - i
         v = walk.at(step)
-        right = gating.in_right_half(n)
+        right = right_half(n)
         e = jnp.exp2(v.exponents(*level_of(n)))
         q_or_k = where(right, load(v.q_own).astype(F32) * scale, load(v.k_own).astype(F32))
         v.out_q[...] = (q_or_k * e).astype(BF16)

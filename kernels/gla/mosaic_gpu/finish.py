@@ -26,7 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .anchors import CHUNK, FLOOR
+from .anchors import CHUNK, FLOOR, right_half
 from .documents import GOES_ON, REACHING, SIZE, of_rows, reached, together
 from .halving import (
     LOWER,
@@ -38,7 +38,6 @@ from .halving import (
     pairs_above,
     pairs_across,
     pairs_below,
-    right_half,
     table,
 )  # fmt: skip
 from .warpgroup import (

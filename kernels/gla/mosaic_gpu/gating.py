@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from .anchors import right_half
 from .tables import FIRST, SECOND
-from .warpgroup import BF16, F32, iota, load, where
+from .warpgroup import BF16, F32, load, where
 
 
 def half_sums(gates, matrices) -> list:
@@ -29,19 +30,14 @@ def blocks_of_16(q, k, queries, keys, exponents: jax.Array, scale=1.0) -> None:
     keys[...] = (load(k).astype(F32) * jnp.exp2(-exponents)).astype(BF16)
 
 
-def in_right_half(level) -> jax.Array:
-    """Whether a row is in the right half of its block of 2^(level + 1) rows."""
-    return (iota(0) & (1 << level)) != 0
-
-
 def signed_in_16(exponents: jax.Array) -> jax.Array:
     """Level 3's exponents, none of which is positive, as `blocks_of_16` takes them."""
-    return where(in_right_half(3), exponents, -exponents)
+    return where(right_half(3), exponents, -exponents)
 
 
 def halves(q, k, level) -> jax.Array:
     """q in the right halves of a level's blocks and k in the left, float32."""
-    return where(in_right_half(level), load(q), load(k)).astype(F32)
+    return where(right_half(level), load(q), load(k)).astype(F32)
 
 
 def whole_chunk(q, k, from_start: jax.Array, to_end: jax.Array, scale) -> None:

@@ -19,8 +19,8 @@ import numpy as np
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .anchors import LIMIT
-from .warpgroup import BF16, F32, TILE, iota, where
+from .anchors import LIMIT, mask, power, right_half
+from .warpgroup import BF16, F32, TILE, where
 
 # Bits of the code of (row i, row t). Bits 0 to 5: i and t are of one block of 2^(n+1) rows, and not of one half of it.
 LOWER = 1 << 6  # t < i
@@ -47,16 +47,16 @@ def table() -> np.ndarray:
 def matrix(table_s, bit) -> jax.Array:
     """A register operand of `wgmma`: that bit of the table (a number, of the device or not), as 0 and 1."""
     if isinstance(bit, int):
-        power = jnp.asarray(2.0 ** (127 - 2 ** (bit - 7)), BF16)
+        one = jnp.asarray(2.0 ** power(bit), BF16)
     else:
         # 0 for the single rows, of n = -1, that are no level.
-        power = jnp.where(bit < LEVEL, 0.0, jnp.exp2((127 - (1 << (bit - 7))).astype(F32))).astype(BF16)
-    return lax.bitcast_convert_type(table_s[...] & _int16(1 << bit), BF16) * power
+        one = jnp.where(bit < LEVEL, 0.0, jnp.exp2(power(bit).astype(F32))).astype(BF16)
+    return lax.bitcast_convert_type(table_s[...] & mask(1 << bit), BF16) * one
 
 
 def pairs_within(table_s, n) -> jax.Array:
     """Where i and t are of one block of 2^(n+1) rows."""
-    return (table_s[...] & _int16(((1 << (n + 1)) - 1) | DIAGONAL)) != jnp.int16(0)
+    return (table_s[...] & mask(((1 << (n + 1)) - 1) | DIAGONAL)) != jnp.int16(0)
 
 
 def up_to(table_s) -> jax.Array:
@@ -76,12 +76,7 @@ def pairs_above(table_s, n) -> jax.Array:
 
 def pairs_across(table_s, n) -> jax.Array:
     """Where i and t are of one block of 2^(n+1) rows, and of different halves."""
-    return (table_s[...] & _int16(1 << n)) != jnp.int16(0)
-
-
-def right_half(n) -> jax.Array:
-    """Rows of the right halves of blocks of 2^(n+1), [64, 64]."""
-    return (iota(0) & (1 << n)) != 0
+    return (table_s[...] & mask(1 << n)) != jnp.int16(0)
 
 
 def by_halves(product, gates, table_s, worst_s, bounded, level, carry, *, down_to: int):
@@ -114,8 +109,4 @@ def around_middle(n, exponents) -> jax.Array:
 
 
 def _below(n):
-    return _int16(LOWER | ((1 << (n + 1)) - 1))
-
-
-def _int16(bits):
-    return jnp.int16(bits) if isinstance(bits, int) else bits.astype(jnp.int16)
+    return mask(LOWER | ((1 << (n + 1)) - 1))

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from ...dispatch import compute_capability
+from ...dispatch import hopper_obstacle
 from ..partition import shard_over_batch_and_heads
 from .anchors import CHUNK
 from .backward import backward
@@ -15,7 +15,6 @@ from .tables import codes, matrices
 from .tiles import backward_tiles, forward_tiles, is_wide, padded_widths
 from .wide_operator import attend as attend_wide
 
-CAPABILITY = "9.0"
 CONSTANTS = ["X Y Z", "M Z", "N Z"]  # axes of codes, matrices and decay_sums
 
 
@@ -28,14 +27,7 @@ def unsupported(q, k, v, log_alpha, *, initial_state, segment_ids, return_final_
             )
     if q.shape[-1] > 256:
         return f"q has K = {q.shape[-1]} key channels; the Hopper kernels take up to 256"
-    if platform != "gpu":
-        return (
-            f"q is on platform {platform!r}; the Hopper kernels run on NVIDIA GPUs of compute capability {CAPABILITY}"
-        )
-    capability = compute_capability()
-    if capability != CAPABILITY:
-        return f"the GPU has compute capability {capability}; the Hopper kernels are compiled for {CAPABILITY}"
-    return None
+    return hopper_obstacle("q", platform)
 
 
 def gated_linear_attention(

@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .anchors import CHUNK, FLOOR
+from .anchors import CHUNK, FLOOR, right_half
 from .documents import REACHING, SIZE, goes_through, of_rows, reached, together
 from .halving import (
     PREFIX,
@@ -29,7 +29,6 @@ from .halving import (
     matrix,
     pairs_across,
     pairs_within,
-    right_half,
     table,
     up_to,
 )  # fmt: skip

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .anchors import CHUNK
+from .anchors import CHUNK, mask, power
 from .warpgroup import BF16, load
 
 LOG2_E = 1.4426950408889634
@@ -83,21 +83,12 @@ def level_of(n):
     return outer.astype(jnp.int32), jnp.where(outer, 14 - (n == 5).astype(jnp.int32), n + 10)
 
 
-def power(bit):
-    """1 / the power of two that a code masked by `bit` is, as an exponent of two."""
-    return 127 - (1 << (bit - 7))
-
-
 def to_exponents(bit):
     """The factor that makes log2 of the weight out of a product of masked codes and gates, for exp2."""
     if isinstance(bit, int):
         return LOG2_E * 2.0 ** power(bit)
     values = [LOG2_E * 2.0 ** power(n) for n in (11, 12, 13, 14)]
     return jnp.where(bit < 13, jnp.where(bit == 11, values[0], values[1]), jnp.where(bit == 13, values[2], values[3]))
-
-
-def mask(bits) -> jax.Array:
-    return jnp.int16(bits) if isinstance(bits, int) else bits.astype(jnp.int16)
 
 
 def has(code: jax.Array, bits) -> jax.Array:

@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from ...dispatch import compute_capability
+from ...dispatch import hopper_obstacle
 from ...gla.partition import shard_over_batch_and_heads
 from ...gla.recurrence import segment_starts
 from .walk import CHUNK, walk
 
-CAPABILITY = "9.0"
 ANCHOR = 2
 FLOOR = -110.0  # exp of it is 0 in float32; a reset
 
@@ -31,14 +30,7 @@ def unsupported(q, k, v, log_gamma, *, initial_state, segment_ids, return_final_
             )
     if log_gamma.dtype == jnp.float64:
         return "log_gamma is float64; the Hopper kernels compute in float32"
-    if platform != "gpu":
-        return (
-            f"q is on platform {platform!r}; the Hopper kernels run on NVIDIA GPUs of compute capability {CAPABILITY}"
-        )
-    capability = compute_capability()
-    if capability != CAPABILITY:
-        return f"the GPU has compute capability {capability}; the Hopper kernels are compiled for {CAPABILITY}"
-    return None
+    return hopper_obstacle("q", platform)
 
 
 def retention(

@@ -5,14 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from ...dispatch import compute_capability
+from ...dispatch import hopper_obstacle
 from ...gla.partition import shard_over_batch_and_heads
 from ...gla.recurrence import segment_starts
 from .backward import backward
 from .forward import CHUNK, forward
 from .warpgroup import CHANNELS, STATES
-
-CAPABILITY = "9.0"
 
 
 def unsupported(x, dt, A, B, C, D, *, initial_state, segment_ids, return_final_state, platform) -> str | None:
@@ -22,14 +20,7 @@ def unsupported(x, dt, A, B, C, D, *, initial_state, segment_ids, return_final_s
             return f"{name} is {array.dtype.name}; the Hopper kernels take bfloat16 and float32"
     if A.shape[1] > STATES:
         return f"A has N = {A.shape[1]} states; the Hopper kernels take up to {STATES}"
-    if platform != "gpu":
-        return (
-            f"x is on platform {platform!r}; the Hopper kernels run on NVIDIA GPUs of compute capability {CAPABILITY}"
-        )
-    capability = compute_capability()
-    if capability != CAPABILITY:
-        return f"the GPU has compute capability {capability}; the Hopper kernels are compiled for {CAPABILITY}"
-    return None
+    return hopper_obstacle("x", platform)
 
 
 def selective_scan(

@@ -121,7 +121,7 @@ def test_recurrence_in_float64_is_the_oracle(gla):
 )
 def test_hopper_kernels_are_chosen_for_what_they_take(monkeypatch, channels, floats, obstacle):
     monkeypatch.setattr("kernels.dispatch.platform_of", lambda x: "gpu")
-    monkeypatch.setattr("kernels.gla.mosaic_gpu.operator.compute_capability", lambda: "9.0")
+    monkeypatch.setattr("kernels.dispatch.compute_capability", lambda: "9.0")
     here = {name: path for name, path in api.IMPLEMENTATIONS.items() if name != "triton"}  # that asks the driver
     monkeypatch.setattr(api, "IMPLEMENTATIONS", here)
     choice = kernels.gla.choose(*[jax.ShapeDtypeStruct((1, 64, 2, channels), floats)] * 4)

@@ -10,7 +10,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from against_oracle import rms
 from kernels.retention import choose, mosaic_gpu
-from kernels.retention.mosaic_gpu import operator
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the interpreter runs on CPU")
 
@@ -117,6 +116,6 @@ def test_says_what_it_cannot_run(dtype, platform, message):
 @pytest.mark.parametrize("dtype, chosen", [("bfloat16", "mosaic_gpu"), ("float32", "xla")])
 def test_choice_on_hopper(monkeypatch, dtype, chosen):
     monkeypatch.setattr("kernels.dispatch.platform_of", lambda x: "gpu")
-    monkeypatch.setattr(operator, "compute_capability", lambda: "9.0")
+    monkeypatch.setattr("kernels.dispatch.compute_capability", lambda: "9.0")
     arrays = [jax.ShapeDtypeStruct((1, 64, 2, 256), dtype)] * 3 + [jax.ShapeDtypeStruct((2,), jnp.float32)]
     assert choose(*arrays).implementation == chosen
