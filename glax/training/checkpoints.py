@@ -1,7 +1,11 @@
 """Asynchronous checkpoints of the state and the place in the data, and the way back to the newest readable one."""
 
+import contextlib
 import logging
+import os
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -22,7 +26,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int, keep_every: int | None = None):
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs, in every thread, errors that it raises too
         self._folder = folder
         policies = ocp.training.preservation_policies
         kept = [policies.LatestN(keep)] + ([policies.EveryNSteps(keep_every)] if keep_every is not None else [])
@@ -37,7 +41,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._checkpointer.close()
+        with self._refusals():
+            self._checkpointer.close()
 
     @property
     def latest(self) -> int | None:
@@ -50,17 +55,13 @@ class Checkpoints:
 
         Waits for the save before, if it is not done. Raises UserError where the disk refuses.
         """
-        try:
+        with self._refusals():
             self._checkpointer.save_checkpointables_async(step, {"state": _tree(state), "data": batches})
-        except OSError as error:
-            raise self._refused(error) from error
 
     def wait(self) -> None:
-        """Until the last save is on disk."""
-        try:
+        """Until the last save is on disk. Raises UserError where the disk refuses."""
+        with self._refusals():
             self._checkpointer.wait()
-        except OSError as error:
-            raise self._refused(error) from error
 
     def restore(self, abstract: TrainState, batches: TrainBatches) -> TrainState | None:
         """The newest checkpoint that can be read, with ``batches`` set to its place; None where there is none.
@@ -93,11 +94,31 @@ class Checkpoints:
             print(f"checkpoint {step} cannot be read ({reason}): moved to {unreadable}, trying the one before")
         self._checkpointer.reload()
 
-    def _refused(self, error: OSError) -> UserError:
-        return UserError(
-            f"cannot write a checkpoint to {self._folder} ({error.strerror or error}): make room there and start the "
-            "same command again, it continues from the last checkpoint"
-        )
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """A write that the system refuses, inside, as a UserError that says what to do."""
+        try:
+            yield
+        except Exception as error:
+            reason = _refusal(error)
+            if reason is None:
+                raise
+            raise UserError(
+                f"cannot write a checkpoint to {self._folder} ({reason}): make room there and start the same command "
+                "again, it continues from the last checkpoint"
+            ) from error
+
+
+def _refusal(error: Exception) -> str | None:
+    """What the system said when it refused a write, if ``error`` comes of that.
+
+    orbax writes the small files, and fails with an OSError; tensorstore writes the arrays, and fails with a ValueError
+    that has the system's error number in its text alone.
+    """
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(number[1])) if number else None
 
 
 def _tree(state: TrainState) -> dict:
