@@ -113,7 +113,6 @@ def train(variant: str, arguments: Arguments, text: ByteText) -> dict:
         metrics=window_loss,
         held_out=held_out,
     )
-    losses = np.concatenate(losses)
     last = losses[-max(1, arguments.steps // 10) :].mean(0)
     return {
         "variant": variant,

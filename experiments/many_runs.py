@@ -62,6 +62,7 @@ class ManyRuns:
         step: steps done.
         steps: steps to do; lowered before training, the schedule is that of the training, faster.
         params: parameters, with a leading axis of runs.
+        losses: of each step done, those before a copy was continued from included, [step, runs].
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class ManyRuns:
         self._rates = jnp.array([rate for rate, _ in self.runs], jnp.float32)
         self._keys = jax.vmap(jax.random.key)(jnp.array([seed for _, seed in self.runs]))
         self.params, self._moments = jax.jit(jax.vmap(self._initial))(self._keys)
+        self.losses = np.zeros((0, len(self.runs)), np.float32)
         self._programs = {}
 
     def build(self, params: PyTree) -> LanguageModel:
@@ -140,6 +142,7 @@ class ManyRuns:
                 self.params, self._moments, self.data, jnp.int32(self.step), jnp.float32(pace)
             )
             self.step += count
+            self.losses = np.concatenate([self.losses, losses])
             yield np.asarray(losses)
             if copy is not None and time.monotonic() - copied > SECONDS_BETWEEN_COPIES:
                 self._save(copy)
@@ -185,12 +188,12 @@ class ManyRuns:
         leaves = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves((self.params, self._moments)))}
         copy.parent.mkdir(parents=True, exist_ok=True)
         partial = copy.with_name(f".{copy.name}.partial.npz")
-        np.savez(partial, step=self.step, **leaves)
+        np.savez(partial, step=self.step, losses=self.losses, **leaves)
         os.replace(partial, copy)
 
     def _restore(self, copy: Path) -> None:
         with np.load(copy) as kept:
-            self.step = int(kept["step"])
+            self.step, self.losses = int(kept["step"]), kept["losses"]
             leaves, tree = jax.tree.flatten((self.params, self._moments))
             self.params, self._moments = tree.unflatten([jnp.asarray(kept[str(i)]) for i in range(len(leaves))])
 

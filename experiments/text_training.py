@@ -25,9 +25,9 @@ class Arguments(Protocol):
 
 
 class Trained(NamedTuple):
-    """Losses of the steps since the start or the copy, what ``metrics`` gave of each seed, and the seconds it took."""
+    """Losses of the steps, what ``metrics`` gave of each seed, and the seconds since the start or the copy."""
 
-    losses: list[Float[np.ndarray, "steps seeds"]]
+    losses: Float[np.ndarray, "steps seeds"]
     held_out: Float[np.ndarray, "seeds *metrics"]
     seconds: float
 
@@ -65,9 +65,8 @@ def train_on_text(
     runs.compile(piece_steps)
     runs.evaluate(metrics, held_out)  # compiles that, before others have to wait
     with turn(arguments.turn):
-        started, losses = time.monotonic(), []
+        started = time.monotonic()
         for piece in runs.train(piece_steps, copy):
-            losses.append(piece.astype(float))
             print(
                 f"{name}: step {runs.step}/{arguments.steps}, loss {piece[-1].mean():.4f}, "
                 f"{time.monotonic() - started:.0f} s",
@@ -76,4 +75,4 @@ def train_on_text(
         measured = runs.evaluate(metrics, held_out).astype(float)
         seconds = time.monotonic() - started
     copy.unlink(missing_ok=True)
-    return Trained(losses, measured, round(seconds, 1))
+    return Trained(runs.losses.astype(float), measured, round(seconds, 1))

@@ -87,6 +87,15 @@ def test_a_copy_continues(together, tmp_path, monkeypatch):
         assert kept["step"] == 3
     losses += list(again.train(3, copy))
     np.testing.assert_array_equal(np.concatenate(losses), together[1])
+    np.testing.assert_array_equal(again.losses, together[1])
+
+
+def test_a_copy_of_the_last_step_has_all_losses(together, tmp_path, monkeypatch):
+    monkeypatch.setattr(many_runs, "SECONDS_BETWEEN_COPIES", -1.0)
+    list(many(together[0]._programs).train(3, tmp_path / "copy.npz"))
+    again = many(together[0]._programs)
+    assert not list(again.train(3, tmp_path / "copy.npz"))
+    np.testing.assert_array_equal(again.losses, together[1])
 
 
 def test_stages_with_other_data_and_programs_compiled_before(together):
