@@ -77,6 +77,21 @@ def hopper_obstacle(name: str, platform: str) -> str | None:
     return None
 
 
+def vary_alike(*arrays):
+    """The arrays (None stays None), typed as different over every mesh axis over which one of them is.
+
+    Inside shard_map a scan wants it of its carry and what comes in; and a custom derivative that takes a weight all
+    shards share and a shard's tokens gives the shard's gradient of the weight: this is where shard_map learns to add
+    those up.
+    """
+    varies = {i: jax.typeof(x).manual_axis_type.varying for i, x in enumerate(arrays) if x is not None}
+    everywhere = frozenset().union(*varies.values())
+    return [
+        jax.lax.pcast(x, tuple(everywhere - varies[i]), to="varying") if everywhere - varies.get(i, everywhere) else x
+        for i, x in enumerate(arrays)
+    ]
+
+
 def checked_scale(scale, key_width: int) -> float:
     """K^-0.5 for None, else a finite Python number as a float."""
     if scale is None:
@@ -89,6 +104,8 @@ def checked_scale(scale, key_width: int) -> float:
 def check_array(name: str, x, axes: str, sizes: dict[str, int], dtype=None) -> None:
     """Check that x has these axes, at the sizes known so far (new ones are added), and `dtype`, or any float's."""
     wanted = "[" + ", ".join(f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in axes.split()) + "]"
+    if not hasattr(x, "shape"):
+        raise ValueError(f"{name}: got a {type(x).__name__}, wanted an array {wanted}")
     known = dict(zip(axes.split(), x.shape, strict=False)) | sizes
     if tuple(x.shape) != tuple(known.get(axis) for axis in axes.split()):
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, wanted {wanted}")

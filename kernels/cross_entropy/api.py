@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ..dispatch import vary_alike
 from .partition import shard_over_tokens_and_vocabulary
 
 
@@ -35,7 +36,7 @@ def softmax_cross_entropy(
         )
     if block < 1:
         raise ValueError(f"block: got {block}, wanted at least 1")
-    return _cross_entropy(-(-tokens // block), hidden, unembedding, targets)
+    return _cross_entropy(-(-tokens // block), *vary_alike(hidden, unembedding, targets))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -91,7 +92,7 @@ def _backward_shard(blocks, hidden, unembedding, targets, total, d_loss, *, toke
         d_hidden = jax.lax.psum(_product("nv,dv->nd", d_logits, unembedding), vocab_axes)
         return d_unembedding + _product("nd,nv->dv", h, d_logits), d_hidden.astype(h.dtype)
 
-    d_unembedding = jnp.zeros(unembedding.shape, jnp.float32)
+    d_unembedding, _ = vary_alike(jnp.zeros(unembedding.shape, jnp.float32), hidden)
     d_unembedding, d_hidden = jax.lax.scan(one_block, d_unembedding, _blocks(blocks, hidden, targets, total, d_loss))
     d_unembedding = jax.lax.psum(d_unembedding, token_axes)
     return d_hidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]], d_unembedding.astype(unembedding.dtype)

@@ -4,14 +4,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from .. import dispatch
-from ..dispatch import Choice, check_array, checked_scale
+from ..dispatch import Choice, check_array, checked_scale, vary_alike
 from . import recurrence
 
 IMPLEMENTATIONS = {  # as `kernels.dispatch` says
-    "mosaic_gpu": "kernels.gla.mosaic_gpu",
-    "triton": "kernels.gla.triton",
-    "xla": "kernels.gla.chunked",
-    "reference": "kernels.gla.recurrence",
+    "mosaic_gpu": f"{__package__}.mosaic_gpu",
+    "triton": f"{__package__}.triton",
+    "xla": f"{__package__}.chunked",
+    "reference": f"{__package__}.recurrence",
 }
 
 
@@ -53,6 +53,9 @@ def gated_linear_attention(
     scale = checked_scale(scale, q.shape[-1])
     options = {"initial_state": initial_state, "segment_ids": segment_ids, "return_final_state": return_final_state}
     module = dispatch.module_for(implementation, IMPLEMENTATIONS, q, k, v, log_alpha, **options)
+    options["initial_state"], options["segment_ids"], q, k, v, log_alpha = vary_alike(
+        initial_state, segment_ids, q, k, v, log_alpha
+    )
     return module.gated_linear_attention(q, k, v, log_alpha, scale=scale, **options)
 
 

@@ -18,6 +18,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from ..dispatch import vary_alike
 from . import halving
 from .recurrence import segment_starts
 
@@ -58,7 +59,7 @@ def _attend(chunk, scale, q, k, v, log_alpha, initial_state, starts):
     q_chunks, k_chunks, v_chunks, gates, _ = _chunks(q, k, v, log_alpha, starts, chunk, count)
     q_in, k_out, decay = _across_chunks(scale, q_chunks, k_chunks, gates, product)
     p = _intra_weights(scale, q_chunks, k_chunks, gates, product)
-    state = _grouped_state(initial_state, batch, groups, key_width, value_width)
+    state = _grouped_state(initial_state, k, value_width)
     s = _state_axis(state)
 
     def step(state, chunk_inputs):
@@ -87,7 +88,7 @@ def _attend_backward(chunk, scale, inputs, cotangents):
     q_in, k_out, decay = _across_chunks(scale, q_chunks, k_chunks, gates, product)
 
     p, dq, dk, d_exponents = _intra_gradients(scale, q_chunks, k_chunks, v_chunks, gates, do_chunks, product)
-    state = _grouped_state(initial_state, batch, groups, key_width, value_width)
+    state = _grouped_state(initial_state, k, value_width)
     s = _state_axis(state)
     d_state = d_state.reshape(batch, groups, heads // groups, key_width, value_width)
     if s == "z":
@@ -255,9 +256,10 @@ def _tokens(x, length):
     return jnp.transpose(x, (1, 0, 3, 2, 4)).reshape(batch, count * chunk, -1, width)[:, :length]
 
 
-def _grouped_state(initial_state, batch, groups, key_width, value_width):
+def _grouped_state(initial_state, k, value_width):
+    batch, _, groups, key_width = k.shape
     if initial_state is None:
-        return jnp.zeros((batch, groups, 1, key_width, value_width), jnp.float32)
+        return vary_alike(jnp.zeros((batch, groups, 1, key_width, value_width), jnp.float32), k)[0]
     return initial_state.reshape(batch, groups, -1, key_width, value_width)
 
 

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ..dispatch import vary_alike
+
 EXACT = jax.lax.Precision.HIGHEST
 
 
@@ -60,7 +62,7 @@ def gated_linear_attention(q, k, v, log_alpha, *, scale, initial_state, segment_
     value_width = v.shape[-1]
     dtype = state_dtype(q, k, v, log_alpha)
     if initial_state is None:
-        initial_state = jnp.zeros((batch, heads, key_width, value_width), dtype)
+        initial_state, _ = vary_alike(jnp.zeros((batch, heads, key_width, value_width), dtype), k)
     starts = jnp.zeros((batch, length), bool) if segment_ids is None else segment_starts(segment_ids)
 
     block = math.isqrt(length - 1) + 1

@@ -9,8 +9,8 @@ from .. import dispatch
 from ..dispatch import check_array
 
 IMPLEMENTATIONS = {  # as `kernels.dispatch` says
-    "pallas_triton": "kernels.gla_decode.pallas_triton",
-    "xla": "kernels.gla_decode.plain",
+    "pallas_triton": f"{__package__}.pallas_triton",
+    "xla": f"{__package__}.plain",
 }
 
 

@@ -8,8 +8,8 @@ from .. import dispatch
 from ..dispatch import check_array
 
 IMPLEMENTATIONS = {  # as `kernels.dispatch` says
-    "pallas_triton": "kernels.matvec.pallas_triton",
-    "xla": "kernels.matvec.plain",
+    "pallas_triton": f"{__package__}.pallas_triton",
+    "xla": f"{__package__}.plain",
 }
 
 

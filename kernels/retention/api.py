@@ -4,14 +4,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from .. import dispatch
-from ..dispatch import Choice, check_array, checked_scale
+from ..dispatch import Choice, check_array, checked_scale, vary_alike
 from ..gla.recurrence import state_dtype
 from . import recurrence
 
 IMPLEMENTATIONS = {  # as `kernels.dispatch` says
-    "mosaic_gpu": "kernels.retention.mosaic_gpu",
-    "xla": "kernels.retention.chunked",
-    "reference": "kernels.retention.recurrence",
+    "mosaic_gpu": f"{__package__}.mosaic_gpu",
+    "xla": f"{__package__}.chunked",
+    "reference": f"{__package__}.recurrence",
 }
 
 
@@ -55,6 +55,9 @@ def retention(
     scale = checked_scale(scale, q.shape[-1])
     options = {"initial_state": initial_state, "segment_ids": segment_ids, "return_final_state": return_final_state}
     module = dispatch.module_for(implementation, IMPLEMENTATIONS, q, k, v, log_gamma, **options)
+    options["initial_state"], options["segment_ids"], q, k, v, log_gamma = vary_alike(
+        initial_state, segment_ids, q, k, v, log_gamma
+    )
     return module.retention(q, k, v, jnp.broadcast_to(log_gamma, q.shape[:3]), scale=scale, **options)
 
 

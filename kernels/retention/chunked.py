@@ -18,6 +18,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from ..dispatch import vary_alike
 from ..gla.chunked import Products
 from ..gla.recurrence import segment_starts
 
@@ -40,7 +41,7 @@ def retention(q, k, v, log_gamma, *, scale, initial_state, segment_ids, return_f
     if segment_ids is not None:
         log_gamma = jnp.where(segment_starts(segment_ids)[..., None], -jnp.inf, log_gamma)
     if initial_state is None:
-        initial_state = jnp.zeros((q.shape[0], q.shape[2], q.shape[3], v.shape[3]), jnp.float32)
+        initial_state, _ = vary_alike(jnp.zeros((q.shape[0], q.shape[2], q.shape[3], v.shape[3]), jnp.float32), q)
     o, final_state = _attend(scale, q, k, v, log_gamma, initial_state)
     return (o, final_state) if return_final_state else o
 

@@ -4,14 +4,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from .. import dispatch
-from ..dispatch import Choice, check_array
+from ..dispatch import Choice, check_array, vary_alike
 from ..gla.recurrence import state_dtype
 from . import recurrence
 
 IMPLEMENTATIONS = {  # as `kernels.dispatch` says
-    "mosaic_gpu": "kernels.selective_scan.mosaic_gpu",
-    "xla": "kernels.selective_scan.chunked",
-    "reference": "kernels.selective_scan.recurrence",
+    "mosaic_gpu": f"{__package__}.mosaic_gpu",
+    "xla": f"{__package__}.chunked",
+    "reference": f"{__package__}.recurrence",
 }
 
 
@@ -57,6 +57,9 @@ def selective_scan(
     _check(x, dt, A, B, C, D, initial_state, segment_ids)
     options = {"initial_state": initial_state, "segment_ids": segment_ids, "return_final_state": return_final_state}
     module = dispatch.module_for(implementation, IMPLEMENTATIONS, x, dt, A, B, C, D, **options)
+    options["initial_state"], options["segment_ids"], x, dt, A, B, C, D = vary_alike(
+        initial_state, segment_ids, x, dt, A, B, C, D
+    )
     return module.selective_scan(x, dt, A, B, C, D, **options)
 
 

@@ -13,6 +13,7 @@ one chunk are ever held for every token.
 import jax
 import jax.numpy as jnp
 
+from ..dispatch import vary_alike
 from ..gla.recurrence import segment_starts
 
 CHUNK = 32
@@ -28,7 +29,7 @@ def unsupported(x, dt, A, B, C, D, *, initial_state, segment_ids, return_final_s
 def selective_scan(x, dt, A, B, C, D, *, initial_state, segment_ids, return_final_state):
     """Shapes as in `kernels.selective_scan`."""
     if initial_state is None:
-        initial_state = jnp.zeros((x.shape[0], *A.shape), jnp.float32)
+        initial_state, _ = vary_alike(jnp.zeros((x.shape[0], *A.shape), jnp.float32), x)
     starts = jnp.zeros(x.shape[:2], bool) if segment_ids is None else segment_starts(segment_ids)
     y, final_state = _scan(x, dt, A, B, C, D, initial_state, starts)
     return (y, final_state) if return_final_state else y

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ..dispatch import vary_alike
 from ..gla.recurrence import segment_starts, state_dtype
 
 
@@ -40,7 +41,7 @@ def selective_scan(x, dt, A, B, C, D, *, initial_state, segment_ids, return_fina
     batch, length, channels = x.shape
     dtype = state_dtype(x, dt, A, B, C, D)
     if initial_state is None:
-        initial_state = jnp.zeros((batch, channels, A.shape[1]), dtype)
+        initial_state, _ = vary_alike(jnp.zeros((batch, channels, A.shape[1]), dtype), x)
     starts = jnp.zeros((batch, length), bool) if segment_ids is None else segment_starts(segment_ids)
 
     block = math.isqrt(length - 1) + 1

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from ..dispatch import vary_alike
+
 # The name under which a jax.checkpoint policy can keep what was exchanged, so that it is exchanged once.
 SAVED_NAME = "sequence_exchange"
 
@@ -69,19 +71,6 @@ def _backward(axis_name, residuals, d_entering):
 
 
 _entering_state.defvjp(_forward, _backward)
-
-
-def vary_alike(*arrays):
-    """The arrays (None stays None), typed as different over every mesh axis over which one of them is.
-
-    A custom derivative that takes a weight all shards share and a shard's tokens gives the shard's gradient of the
-    weight; this is where shard_map learns to add those up.
-    """
-    varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays if x is not None))
-    return [
-        None if x is None else jax.lax.pcast(x, tuple(varying - jax.typeof(x).manual_axis_type.varying), to="varying")
-        for x in arrays
-    ]
 
 
 def tokens_before(x: Array, count: int, axis_name: str) -> Array:

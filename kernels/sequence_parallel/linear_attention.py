@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .exchange import entering_state, first_tokens_continue, vary_alike
+from ..dispatch import vary_alike
+from .exchange import entering_state, first_tokens_continue
 
 
 def linear_attention_over(

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ..dispatch import vary_alike
 from ..selective_scan import selective_scan
-from .exchange import entering_state, first_tokens_continue, vary_alike
+from .exchange import entering_state, first_tokens_continue
 
 
 def selective_scan_over(

@@ -1,6 +1,9 @@
 """Checks, defaults and the choice of implementation."""
 
 import functools
+import importlib.util
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +22,7 @@ def shapes(batch=2, length=8, heads=4, groups=2, key_width=3, value_width=5, dty
 
 
 MISTAKES = {
+    "no array": ({"k": None}, "k: got a NoneType, wanted an array [B=2, T=8, G, K=3]"),
     "rank": ({"q": jnp.zeros((8, 4, 3))}, "q: got shape (8, 4, 3), wanted [B, T, H, K]"),
     "length": ({"k": jnp.zeros((2, 7, 2, 3))}, "k: got shape (2, 7, 2, 3), wanted [B=2, T=8, G, K=3]"),
     "groups": ({"v": jnp.zeros((2, 8, 4, 5))}, "v: got shape (2, 8, 4, 5), wanted [B=2, T=8, G=2, V]"),
@@ -127,3 +131,15 @@ def test_hopper_kernels_are_chosen_for_what_they_take(monkeypatch, channels, flo
     choice = kernels.gla.choose(*[jax.ShapeDtypeStruct((1, 64, 2, channels), floats)] * 4)
     assert (choice.implementation == "mosaic_gpu") == (obstacle is None)
     assert obstacle is None or obstacle in choice.passed_over["mosaic_gpu"]
+
+
+def test_a_copy_under_another_name_is_on_its_own(tmp_path, monkeypatch):
+    """The folder taken into another project's package finds its own implementations there."""
+    shutil.copytree(Path(kernels.__file__).parent, tmp_path / "lifted" / "ops")
+    monkeypatch.syspath_prepend(tmp_path)
+    ops = importlib.import_module("lifted.ops")
+    for operator in ("gla", "retention", "selective_scan", "gla_decode", "matvec"):
+        for path in importlib.import_module(f"lifted.ops.{operator}.api").IMPLEMENTATIONS.values():
+            assert path.startswith(f"lifted.ops.{operator}.")
+            assert importlib.util.find_spec(path)
+    assert ops.gated_linear_attention(*map(jnp.zeros, [(1, 4, 1, 2)] * 4)).shape == (1, 4, 1, 2)

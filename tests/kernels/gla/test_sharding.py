@@ -91,6 +91,21 @@ def test_inside_shard_map(gla, implementation, mesh):
         np.testing.assert_allclose(x, y, atol=5e-5)
 
 
+def test_inside_shard_map_with_no_state_and_shared_gates(gla, mesh):
+    """The state that the operator itself begins with, and gates that all devices share, whose gradients are added."""
+    q, k, v, log_alpha, *_ = make(gla, 4, segments=False, state=False).differentiable
+    arrays, partition = (q, k, v, log_alpha[:1, :, :2]), (*[P(BATCH, None, "tensor")] * 3, P())
+    for name in ("xla", "reference"):
+
+        def call(q, k, v, shared, name=name):
+            return gated_linear_attention(q, k, v, jnp.broadcast_to(shared[:, :, :1], k.shape), implementation=name)
+
+        sharded = jax.shard_map(call, mesh=mesh, in_specs=partition, out_specs=partition[0])
+        got, want = (jax.jit(gradients(f, False))(*arrays) for f in (sharded, call))
+        for x, y in zip(got, want, strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-4)
+
+
 class TestShardOverBatchAndHeads:
     """The partition rule of kernels that XLA cannot see into, around a stand-in it could."""
 
