@@ -66,9 +66,11 @@ class Checkpoints:
     def restore(self, abstract: TrainState, batches: TrainBatches) -> TrainState | None:
         """The newest checkpoint that can be read, with ``batches`` set to its place; None where there is none.
 
-        Newer ones that cannot be read are moved to ``unreadable/`` in the run folder, with a line that says so. Raises
-        UserError for the place of other data.
+        Newer ones that cannot be read are moved to ``unreadable/`` in the run folder, with a line that says so. Where
+        none can be read all stay, for the fault may not be theirs, and nobody wants a long run to begin again unasked:
+        a UserError, as for the place of other data.
         """
+        unreadable: dict[int, str] = {}
         for checkpoint in reversed(self._checkpointer.checkpoints):
             step = checkpoint.step
             try:
@@ -79,19 +81,28 @@ class Checkpoints:
                 user_error = _user_error(error)
                 if user_error is not None:
                     raise user_error from error
-                self._set_aside(step, error)
+                unreadable[step] = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
             else:
+                self._set_aside(unreadable, step)
                 return TrainState(**loaded["state"])
+        if unreadable:
+            step, reason = next(iter(unreadable.items()))
+            raise UserError(
+                f"no checkpoint in {self._folder} can be read (of step {step}: {reason}): mend that and start the same "
+                "command again, or choose another run name to start from the first step"
+            )
         return None
 
-    def _set_aside(self, step: int, error: Exception) -> None:
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+    def _set_aside(self, reasons: dict[int, str], taken: int) -> None:
+        if not reasons:
+            return
         if jax.process_index() == 0:
-            unreadable = self._folder.parent / "unreadable"
-            unreadable.mkdir(exist_ok=True)
-            shutil.rmtree(unreadable / str(step), ignore_errors=True)
-            (self._folder / str(step)).rename(unreadable / str(step))
-            print(f"checkpoint {step} cannot be read ({reason}): moved to {unreadable}, trying the one before")
+            folder = self._folder.parent / "unreadable"
+            folder.mkdir(exist_ok=True)
+            for step, reason in reasons.items():
+                shutil.rmtree(folder / str(step), ignore_errors=True)
+                (self._folder / str(step)).rename(folder / str(step))
+                print(f"checkpoint {step} cannot be read ({reason}): moved to {folder}, going on from {taken}")
         self._checkpointer.reload()
 
     @contextlib.contextmanager

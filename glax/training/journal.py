@@ -64,10 +64,11 @@ class Journal:
             self._write()
 
     def drain(self) -> None:
-        """Wait for all steps so far and write what is known of them."""
+        """Wait for all steps so far and write what is known of them, to the disk."""
         while self._pending:
             self._read()
         self._write()
+        self._metrics.sync()
 
     def validation(self, step: int, values: dict[str, float]) -> None:
         record = {"step": step, **values}

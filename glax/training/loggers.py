@@ -1,6 +1,9 @@
 """Optional places to send metrics to: TensorBoard and Weights & Biases."""
 
+import contextlib
 import importlib.util
+import os
+import socket
 import time
 from pathlib import Path
 from typing import Protocol
@@ -10,6 +13,7 @@ import jax
 from glax.errors import UserError
 from glax.training.config import TrainConfig
 from glax.training.metrics import Record
+from glax.training.run_folder import writing
 
 
 class Logger(Protocol):
@@ -38,17 +42,21 @@ def open_loggers(config: TrainConfig, folder: Path, last_step: int) -> list[Logg
 
 
 class TensorBoard:
-    """Scalars in TensorBoard's event files, written without TensorFlow."""
+    """Scalars in TensorBoard's event files, written without TensorFlow, and in this thread, which says what fails."""
 
     def __init__(self, folder: Path, last_step: int):
         from tensorboard.compat.proto import event_pb2, summary_pb2
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        self._writer = EventFileWriter(str(folder))
+        self._path = folder / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        with writing(self._path):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("wb")
+        self._records = RecordWriter(self._file)
+        self._add(file_version="brain.Event:2")
         # TensorBoard drops what earlier files hold of later steps when it reads a start.
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._writer.add_event(self._event(wall_time=time.time(), step=last_step + 1, session_log=start))
+        self._add(step=last_step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
 
     def write(self, record: Record) -> None:
         values = [
@@ -56,11 +64,16 @@ class TensorBoard:
             for name, value in record.items()
             if name != "step" and value is not None
         ]
-        event = self._event(wall_time=time.time(), step=record["step"], summary=self._summary(value=values))
-        self._writer.add_event(event)
+        self._add(step=record["step"], summary=self._summary(value=values))
 
     def close(self) -> None:
-        self._writer.close()
+        with contextlib.suppress(OSError):  # what cannot be written has been said
+            self._file.close()
+
+    def _add(self, **fields) -> None:
+        with writing(self._path):
+            self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+            self._records.flush()
 
 
 class WeightsAndBiases:

@@ -34,7 +34,7 @@ from glax.training.plot import plot_losses
 from glax.training.processes import StopSignal, or_lost
 from glax.training.profiling import Trace
 from glax.training.progress import ProgressBar
-from glax.training.run_folder import check_same_run, owned
+from glax.training.run_folder import check_same_run, owned, writing
 from glax.training.sharding import AXES, batch_sharding, check_divisible, make_mesh, place_batch, row_part, use_mesh
 from glax.training.state import Plan, TrainState, plan_state
 from glax.training.step import make_loss, make_train_step
@@ -59,8 +59,9 @@ class TrainResult:
 
     @property
     def validations(self) -> list[Record]:
-        """The records of validation passes, first to last."""
-        return [record for record in self.records if "validation_loss" in record]
+        """The records of validation passes, first to last; nan where metrics.jsonl has null."""
+        passes = [record for record in self.records if "validation_loss" in record]
+        return [{name: math.nan if value is None else value for name, value in record.items()} for record in passes]
 
     @property
     def data_wait(self) -> float:
@@ -189,9 +190,15 @@ class Run:
                     journal = Journal(config, self.mesh, metrics, loggers, bar)
                     state = self._train(state, batches, checkpoints, journal, stopping)
         records = read_metrics(self.folder / "metrics.jsonl")
+        if jax.process_index() == 0 and not any("validation_loss" in record for record in records):
+            raise UserError(
+                f"{self.folder / 'metrics.jsonl'} has lost its validation passes, and with them the curves; the run is "
+                "complete and its checkpoints can be used"
+            )
         plot = self.folder / "loss.png"
         if jax.process_index() == 0 and not (already_complete and plot.exists()):
-            plot_losses(records, plot, self.folder.name)
+            with writing(plot):
+                plot_losses(records, plot, self.folder.name)
         return TrainResult(self.plan.build(state.params), self.tokenizer, records, already_complete)
 
     def _train(

@@ -3,14 +3,13 @@
 import contextlib
 import json
 import math
-from collections.abc import Callable
+import os
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 
-from glax.errors import UserError
-from glax.training.run_folder import write_atomically
+from glax.training.run_folder import write_atomically, writing
 
 Record = dict[str, Any]
 
@@ -28,25 +27,26 @@ class MetricsFile:
             self._file = None
             return
         kept = [record for record in read_metrics(path) if record["step"] <= last_step]
-        write_atomically(path, "".join(_line(record) for record in kept))
-        self._file = path.open("a")
+        with writing(path):
+            write_atomically(path, "".join(_line(record) for record in kept))
+            self._file = path.open("a")
 
     def write(self, record: Record) -> None:
-        self._try(lambda file: file.write(_line(record)))
+        if self._file is not None:
+            with writing(self._path):
+                self._file.write(_line(record))
 
     def flush(self) -> None:
-        self._try(lambda file: file.flush())
+        if self._file is not None:
+            with writing(self._path):
+                self._file.flush()
 
-    def _try(self, act: Callable[[TextIO], object]) -> None:
-        if self._file is None:
-            return
-        try:
-            act(self._file)
-        except OSError as error:
-            raise UserError(
-                f"cannot write {self._path} ({error.strerror or error}): make room there and start the same command "
-                "again, it continues from the last checkpoint"
-            ) from error
+    def sync(self) -> None:
+        """``flush``, and wait for the disk: what was written survives a loss of the machine too."""
+        self.flush()
+        if self._file is not None:
+            with writing(self._path):
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if self._file is not None:
@@ -59,7 +59,7 @@ def read_metrics(path: Path) -> list[Record]:
     records: list[Record] = []
     if not path.exists():
         return records
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             records.append(json.loads(line))
         except ValueError:

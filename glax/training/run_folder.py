@@ -25,6 +25,18 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the system refuses, inside, as a UserError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path} ({error.strerror or error}): make room there and start the same command again, it "
+            "continues from the last checkpoint"
+        ) from error
+
+
 def check_same_run(folder: Path, config: TrainConfig) -> None:
     """Raises UserError where ``folder`` holds a run of another config; names the fields that differ.
 
@@ -72,7 +84,8 @@ def owned(folder: Path, config: TrainConfig) -> Iterator[None]:
             raise UserError(f"another process trains in {folder}: wait for it or choose another run name") from error
         except OSError:
             pass  # A file system without locks.
-        write_atomically(folder / "config.json", json.dumps(_as_json(config), indent=1) + "\n")
+        with writing(folder / "config.json"):
+            write_atomically(folder / "config.json", json.dumps(_as_json(config), indent=1) + "\n")
         yield
 
 

@@ -17,8 +17,9 @@ from glax.errors import Stopped, UserError
 from glax.training import train
 from glax.training.checkpoints import Checkpoints
 from glax.training.journal import Journal
+from glax.training.loggers import TensorBoard
 from glax.training.metrics import MetricsFile, read_metrics
-from glax.training.run_folder import check_same_run
+from glax.training.run_folder import check_same_run, owned
 from glax.training.sharding import make_mesh, use_mesh
 from glax.training.state import plan_state
 
@@ -100,15 +101,21 @@ def test_a_full_disk(config, finished, tmp_path, monkeypatch, room):
     assert losses(folder) == losses(finished)
 
 
-def test_metrics_on_a_full_disk(tmp_path):
+def test_metrics_and_config_on_a_full_disk(config, tmp_path):
     metrics = MetricsFile(tmp_path / "metrics.jsonl", last_step=-1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
+        with pytest.raises(UserError, match=r"cannot write .*config.json .*: make room"), owned(tmp_path / "a", config):
+            pass
         with pytest.raises(UserError, match=r"cannot write .*metrics.jsonl .*: make room"):
             for step in range(100):
                 metrics.write({"step": step})
             metrics.flush()
+        with pytest.raises(UserError, match=r"cannot write .*events.out.tfevents.*: make room"):
+            events = TensorBoard(tmp_path, last_step=0)
+            for step in range(100):
+                events.write({"step": step, "loss": 1.0})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -161,8 +168,28 @@ def test_a_damaged_newest_checkpoint(config, finished, tmp_path, capsys, damage)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state.params))
     batches.close()
     said = capsys.readouterr().out
-    assert "checkpoint 8 cannot be read" in said and "trying the one before" in said
+    assert "checkpoint 8 cannot be read" in said and "going on from 6" in said
     assert (tmp_path / "unreadable" / "8").is_dir()
+
+
+def test_no_readable_checkpoint(config, finished, tmp_path):
+    """The run does not begin again by itself: all stays where it is, its curves too."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    for checkpoint in (folder / "checkpoints").iterdir():
+        lose_the_state(checkpoint)
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be read \(of step 8: .*choose another run name"):
+        start(config, folder)
+    assert sorted(entry.name for entry in (folder / "checkpoints").iterdir()) == ["4", "6", "8"]
+    assert losses(folder) == losses(finished)
+
+
+def test_lost_curves_of_a_complete_run(config, finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / "metrics.jsonl").write_bytes(b"\x00\xff" * 99)  # as a loss of power may leave it
+    with pytest.raises(UserError, match=r"metrics\.jsonl has lost its validation passes"):
+        start(config, folder)
 
 
 def test_some_checkpoints_stay_for_good(config, tmp_path):

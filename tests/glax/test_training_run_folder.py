@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -51,6 +52,15 @@ def test_metrics_are_cut_at_the_restored_step(tmp_path):
     metrics.close()
     assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 3, 4]
     assert read_metrics(path)[-1]["loss"] is None
+
+
+def test_metrics_reach_the_disk(tmp_path, monkeypatch):
+    synced = []
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", last_step=-1)
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number).st_size))
+    metrics.write({"step": 1})
+    metrics.sync()
+    assert synced == [len('{"step": 1}\n')]
 
 
 def test_atomic_write_leaves_no_other_file(tmp_path):
