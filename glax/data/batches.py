@@ -199,12 +199,6 @@ def _head(data: PreparedData, document: int, max_tokens: int) -> tuple[int, int]
 
 
 def _processes(config: DataConfig, process_index: int | None, process_count: int | None) -> tuple[int, int]:
-    if config.sequence_length < 1 or config.batch_size < 1:
-        raise UserError(
-            f"sequence_length is {config.sequence_length} and batch_size {config.batch_size}: both must be at least 1"
-        )
-    if not 0 <= config.seed < 2**32:
-        raise UserError(f"seed is {config.seed}: give a number from 0 to {2**32 - 1}")
     process_index = jax.process_index() if process_index is None else process_index
     process_count = jax.process_count() if process_count is None else process_count
     if config.batch_size % process_count:

@@ -2,10 +2,15 @@
 
 import dataclasses
 
+from glax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Text to train and validate on. The defaults train on the sources of the running Python's standard library."""
+    """Text to train and validate on. The defaults train on the sources of the running Python's standard library.
+
+    Raises UserError for numbers that make no batches.
+    """
 
     train: str | None = None
     """Text to train on: a file, a folder, a glob, or a Hub dataset as hub:OWNER/NAME[#CONFIG][@REVISION][:SPLIT].
@@ -44,3 +49,14 @@ class DataConfig:
 
     prefetch: int = 16
     """Training batches kept ready."""
+
+    def __post_init__(self):
+        least = {"sequence_length": 1, "batch_size": 1, "validation_tokens": 1, "threads": 0, "prefetch": 0}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise UserError(f"{name} is {value}: it must be at least {bound}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}: give a number from 0 to {2**32 - 1}")
+        if not 0 < self.validation_fraction < 1:
+            raise UserError(f"validation_fraction is {self.validation_fraction}: give a share between 0 and 1")

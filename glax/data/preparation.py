@@ -51,8 +51,6 @@ def prepare(config: DataConfig, *, quiet: bool = False) -> PreparedData:
 
     Progress goes to stderr unless ``quiet``. Raises UserError for input that cannot be read or holds no text.
     """
-    if not 0 < config.validation_fraction < 1:
-        raise UserError(f"validation_fraction is {config.validation_fraction}: give a share between 0 and 1")
     tokenizer = load_tokenizer(config.tokenizer)
     cache = cache_folder(config.cache) / "data"
     source = find_source(config.train, config.text_field)

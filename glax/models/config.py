@@ -124,6 +124,8 @@ class ModelConfig:
         for name in ("expand_k", "expand_v", "gate_temperature", "norm_eps", "initializer_range", "rope_base"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be positive")
+        if self.clamp_min is not None and not self.clamp_min <= 0:
+            raise UserError(f"clamp_min is {self.clamp_min}: it must not be positive")
         if self.mlp_size is not None and self.mlp_size < 0:
             raise UserError(f"mlp_size is {self.mlp_size}: give a width, 0 for no MLP, or leave it out")
         _one_of("mixer", self.mixer, get_args(Mixer))

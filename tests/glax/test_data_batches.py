@@ -288,8 +288,13 @@ def test_bad_shapes_are_one_line_errors(data):
         start(sequence_length=100_000)
     with pytest.raises(UserError, match="batch_size 8 is not a multiple of the 3 processes"):
         start(processes=3)
-    with pytest.raises(UserError, match="at least 1"):
-        start(batch_size=0)
-    with pytest.raises(UserError, match="seed is -1"):
-        start(seed=-1)
+    for name, value in {
+        "batch_size": 0,
+        "sequence_length": 0,
+        "validation_tokens": 0,
+        "threads": -1,
+        "seed": -1,
+    }.items():
+        with pytest.raises(UserError, match=f"^{name} is {value}: "):
+            start(**{name: value})
     assert next(start(sequence_length=data.train.num_tokens))["tokens"].shape == (8, data.train.num_tokens)

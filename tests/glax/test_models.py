@@ -360,6 +360,7 @@ def test_mixers_have_makers():
         ({"compute_dtype": "int8"}, 'compute_dtype is "int8": choose one of bfloat16'),
         ({"gate_temperature": 0.0}, "gate_temperature is 0.0: it must be positive"),
         ({"mlp_size": -1}, "mlp_size is -1"),
+        ({"clamp_min": 1.0}, "clamp_min is 1.0: it must not be positive"),
         ({"gate": "open"}, 'gate is "open": choose one of channel, scalar, fixed, none'),
         ({"gate": "fixed"}, 'gate "fixed" needs as many kv heads as heads: leave num_kv_heads out'),
         ({"mixer": "retnet", "num_heads": 32, "num_kv_heads": None, "expand_k": 1.0}, "heads of odd width"),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from glax.errors import UserError
 from glax.training import OptimizerConfig, TrainConfig, recipe
 from glax.training.optimizer import adamw, is_matrix, learning_rate
 from glax.training.sharding import make_mesh, use_mesh
@@ -26,6 +27,14 @@ def test_the_papers_recipe():
     config = OptimizerConfig()
     assert (config.initial_learning_rate, config.learning_rate, config.final_learning_rate) == (3e-5, 3e-4, 3e-5)
     assert (config.beta1, config.beta2, config.weight_decay, config.clip_norm) == (0.9, 0.95, 0.01, 1.0)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("learning_rate", -1.0), ("learning_rate", math.nan), ("clip_norm", 0.0), ("beta2", 1.0)]
+)
+def test_numbers_that_learn_nothing(name, value):
+    with pytest.raises(UserError, match=f"^{name} is "):
+        OptimizerConfig(**{name: value})
 
 
 def test_schedule():
