@@ -17,7 +17,6 @@ values shown below are those of the chosen preset.
 """
 
 import dataclasses
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -28,9 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from glax.cli.train import DEFAULT_PRESET, from_preset
 from glax.data import prepare, validation_batches
-from glax.errors import exit_code
-from glax.inference import generate
+from glax.errors import UserError, exit_code
+from glax.inference import Sampling, generate
 from glax.training import (
     RECIPES,
     ProcessConfig,
@@ -39,12 +39,10 @@ from glax.training import (
     join,
     leave,
     plot_losses,
-    recipe,
+    process_config,
     train,
 )
 from provenance import provenance
-
-DEFAULT_PRESET = "gla-small-bytes"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,38 +81,14 @@ class Arguments:
 
 def parse(argv: list[str]) -> Arguments:
     """Arguments of a command line; what it does not say comes from the preset that it names."""
-    argv = _with_auto_mesh(argv)
-    preset = DEFAULT_PRESET
-    for position, argument in enumerate(argv):
-        if argument == "--preset" and position + 1 < len(argv):
-            preset = argv[position + 1]
-        elif argument.startswith("--preset="):
-            preset = argument.removeprefix("--preset=")
-    config = recipe(preset)
-    if jax.default_backend() == "cpu":
-        # CPUs have no bf16 arithmetic: it is emulated, slowly.
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype="float32"))
+    argv, preset, config = from_preset(argv)
     description = f"{__doc__}\nPresets: {', '.join(RECIPES)}."
     arguments = tyro.cli(Arguments, args=argv, default=Arguments(config, preset=preset), description=description)
+    Sampling(arguments.temperature)  # says what is wrong with it before the training
     if arguments.implementation is not None:
         model = dataclasses.replace(arguments.train.model, implementation=arguments.implementation)
         arguments = dataclasses.replace(arguments, train=dataclasses.replace(arguments.train, model=model))
     return arguments
-
-
-def _with_auto_mesh(argv: list[str]) -> list[str]:
-    """`--mesh auto` as the flag that it stands for."""
-    for position in range(len(argv) - 1):
-        if argv[position : position + 2] == ["--mesh", "auto"]:
-            return [*argv[:position], "--mesh.auto", *argv[position + 2 :]]
-    return argv
-
-
-def process_config(argv: list[str]) -> ProcessConfig:
-    """The processes' part of a command line, which is read first: the rest asks jax for its devices."""
-    flags = [pair for pair in itertools.pairwise([*argv, ""]) if pair[0].startswith("--processes.")]
-    joined = [name if "=" in name else f"{name}={value}" for name, value in flags]
-    return tyro.cli(ProcessConfig, args=["--" + flag.removeprefix("--processes.") for flag in joined])
 
 
 def run(argv: list[str]) -> None:
@@ -161,9 +135,12 @@ def write_results(result: TrainResult, arguments: Arguments) -> None:
         "training_seconds": sum(record["seconds"] for record in steps),
         "data_wait": result.data_wait,
     }
-    arguments.results.parent.mkdir(parents=True, exist_ok=True)
-    arguments.results.write_text(json.dumps(content, indent=1) + "\n")
-    plot_losses(result.records, arguments.results.with_suffix(".png"), arguments.name or arguments.preset)
+    try:
+        arguments.results.parent.mkdir(parents=True, exist_ok=True)
+        arguments.results.write_text(json.dumps(content, indent=1) + "\n")
+        plot_losses(result.records, arguments.results.with_suffix(".png"), arguments.name or arguments.preset)
+    except OSError as error:
+        raise UserError(f"cannot write {arguments.results} ({error.strerror}): choose another place") from error
     say(f"results: {arguments.results}")
 
 

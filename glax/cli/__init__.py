@@ -32,7 +32,12 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0
-    return exit_code(lambda: run(argv[0], argv[1:]))
+    code = exit_code(lambda: run(argv[0], argv[1:]))
+    if argv[0] == "train":
+        from glax.training import abandon
+
+        abandon(code)
+    return code
 
 
 def run(command: str, argv: list[str]) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated
 import jax
 import tyro
 
-from glax.training import RECIPES, TrainConfig, recipe, train
+from glax.training import RECIPES, ProcessConfig, TrainConfig, join, process_config, recipe, train
 
 DEFAULT_PRESET = "gla-small-bytes"
 
@@ -34,11 +34,20 @@ class Arguments:
     runs: Path = Path("runs")
     """Folder of all runs."""
 
+    processes: ProcessConfig = dataclasses.field(default_factory=ProcessConfig)
+    """How this process finds the others of a run of several."""
+
 
 def run(argv: list[str]) -> None:
-    arguments = parse(argv)
+    join(process_config(argv))
+    argv, preset, config = from_preset(argv)
+    description = f"{__doc__}\nPresets: {', '.join(RECIPES)}."
+    defaults = Arguments(config, preset=preset)
+    arguments = tyro.cli(Arguments, args=argv, default=defaults, prog="glax train", description=description)
     folder = arguments.runs / (arguments.name or arguments.preset)
     result = train(arguments.train, folder)
+    if jax.process_index() != 0:
+        return
     last = result.validations[-1]
     state = "was complete" if result.already_complete else "is complete"
     print(
@@ -47,8 +56,12 @@ def run(argv: list[str]) -> None:
     print(f"continue a prompt with it: glax generate {folder} --prompt TEXT")
 
 
-def parse(argv: list[str]) -> Arguments:
-    """Arguments of a command line; what it does not say comes from the preset that it names."""
+def from_preset(argv: list[str]) -> tuple[list[str], str, TrainConfig]:
+    """A command line with `--mesh auto` as the flag that it stands for, the preset that it names, and its settings."""
+    for position in range(len(argv) - 1):
+        if argv[position : position + 2] == ["--mesh", "auto"]:
+            argv = [*argv[:position], "--mesh.auto", *argv[position + 2 :]]
+            break
     preset = DEFAULT_PRESET
     for position, argument in enumerate(argv):
         if argument == "--preset" and position + 1 < len(argv):
@@ -59,6 +72,4 @@ def parse(argv: list[str]) -> Arguments:
     if jax.default_backend() == "cpu":
         # CPUs have no bf16 arithmetic: it is emulated, slowly.
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype="float32"))
-    description = f"{__doc__}\nPresets: {', '.join(RECIPES)}."
-    defaults = Arguments(config, preset=preset)
-    return tyro.cli(Arguments, args=argv, default=defaults, prog="glax train", description=description)
+    return argv, preset, config

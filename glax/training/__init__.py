@@ -3,7 +3,7 @@
 from glax.training.config import MeshConfig, OptimizerConfig, TrainConfig
 from glax.training.loop import TrainResult, train
 from glax.training.plot import plot_losses
-from glax.training.processes import ProcessConfig, join, leave
+from glax.training.processes import ProcessConfig, abandon, join, leave, process_config
 from glax.training.recipes import RECIPES, recipe
 
 __all__ = [
@@ -13,9 +13,11 @@ __all__ = [
     "ProcessConfig",
     "TrainConfig",
     "TrainResult",
+    "abandon",
     "join",
     "leave",
     "plot_losses",
+    "process_config",
     "recipe",
     "train",
 ]

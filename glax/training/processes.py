@@ -1,6 +1,7 @@
 """Many processes, one run: how they find each other, agree when to stop, and leave."""
 
 import dataclasses
+import itertools
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping
 from types import FrameType
 
 import jax
+import tyro
 from jax.experimental import multihost_utils
 
 from glax.errors import UserError
@@ -114,6 +116,13 @@ def _port(number: int) -> int:
     return 61440 + number % 4096
 
 
+def process_config(argv: list[str]) -> ProcessConfig:
+    """The processes' part of a command line, which is read first: the rest asks jax for its devices."""
+    flags = [pair for pair in itertools.pairwise([*argv, ""]) if pair[0].startswith("--processes.")]
+    joined = [name if "=" in name else f"{name}={value}" for name, value in flags]
+    return tyro.cli(ProcessConfig, args=["--" + flag.removeprefix("--processes.") for flag in joined])
+
+
 def join(config: ProcessConfig) -> None:
     """Meet the run's other processes, if there are any. Must come before anything asks jax for its devices.
 
@@ -141,11 +150,16 @@ def join(config: ProcessConfig) -> None:
 
 def leave(code: int) -> None:
     """End this process with ``code``; after an error, without waiting for the others, which may be gone."""
+    abandon(code)
+    sys.exit(code)
+
+
+def abandon(code: int) -> None:
+    """End this process here and now, if ``code`` is an error's and there are others that it would wait for."""
     sys.stdout.flush()
     sys.stderr.flush()
     if code not in (0, 143) and jax.distributed.is_initialized():
         os._exit(code)
-    sys.exit(code)
 
 
 class StopSignal:

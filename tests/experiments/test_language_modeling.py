@@ -7,9 +7,9 @@ import pytest
 
 import glax.layers.gated_linear_attention as gla_layer
 import language_modeling
-from glax.training import ProcessConfig
+from glax.training import ProcessConfig, process_config
 from glax.training.utilization import PEAK_FLOPS
-from language_modeling import main, process_config
+from language_modeling import main
 
 
 @pytest.fixture
@@ -113,6 +113,7 @@ BAD_INPUT = {
     "an unknown preset": (["--preset", "gla-9000b"], 'unknown preset "gla-9000b"'),
     "a kernel that cannot run here": (["--implementation", "mosaic_gpu"], "cannot be trained here"),
     "no steps": (["--steps", "0"], "steps is 0"),
+    "a temperature that draws nothing": (["--temperature", "-1"], "temperature is -1.0"),
     "a run folder that is a file": (["--runs", "{tmp}", "--name", "latin.txt"], "not a folder"),
 }
 

@@ -21,7 +21,7 @@ exit "${code:-0}"
 TASK = """
 import os, sys
 sys.path.insert(0, os.getcwd() + "/experiments")
-from language_modeling import process_config
+from glax.training import process_config
 from glax.training.processes import find_place
 arguments = sys.argv[2:]
 place = find_place(process_config(arguments), os.environ)
