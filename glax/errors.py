@@ -1,5 +1,6 @@
 """Errors that a user can cause and mend."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -17,7 +18,10 @@ class Stopped(Exception):
 
 
 def exit_code(command: Callable[[], None]) -> int:
-    """Run ``command`` and give the process's exit code: 0, 2 after a UserError, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Run ``command`` and give the process's exit code: 0, 2 after a UserError, 130 after Ctrl-C, 143 after SIGTERM.
+
+    141, without a word, where whoever read the output has left, as ``head`` does.
+    """
     try:
         command()
     except UserError as error:
@@ -26,6 +30,9 @@ def exit_code(command: Callable[[], None]) -> int:
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return 143
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor a word at exit, of what was not written
+        return 141
     except KeyboardInterrupt:
         print("interrupted: the same command continues from the last checkpoint, if there is one", file=sys.stderr)
         return 130

@@ -5,6 +5,7 @@ glax convert gla-1.3B-100B/ gla-1.3B-bf16/ --dtype bfloat16
 """
 
 import dataclasses
+import math
 import shutil
 from pathlib import Path
 from typing import Annotated, Literal
@@ -42,6 +43,10 @@ class Arguments:
 
 def run(argv: list[str]) -> None:
     arguments = tyro.cli(Arguments, args=argv, prog="glax convert", description=__doc__)
+    if not 0 < arguments.max_shard_gb < math.inf:
+        raise UserError(f"max_shard_gb is {arguments.max_shard_gb}: it must be positive")
+    if is_run(arguments.target):
+        raise UserError(f"{arguments.target} is the folder of a run: choose another one to write")
     like = folder = None
     if is_run(arguments.source):
         model, _ = restore_run(arguments.source)

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from glax.cli.sources import Source, open_source
+from glax.cli.sources import Source, check_place, open_source
 from glax.data.sources import find_source
 from glax.errors import UserError
 from glax.evaluation import TABLES, perplexity, table_text
@@ -63,8 +63,8 @@ class Arguments:
     tokenizer: str | None = None
     """"bytes", "mistral" or a SentencePiece file. None: the run's, or the checkpoint's tokenizer.model."""
 
-    compute_dtype: str | None = None
-    """bfloat16 or float32. None: the run's; for a checkpoint bfloat16, float32 on a CPU."""
+    compute_dtype: Literal["bfloat16", "float32"] | None = None
+    """None: the run's; for a checkpoint bfloat16, float32 on a CPU."""
 
     implementation: str | None = None
     """Kernel of the recurrent layers. None: the fastest that runs here."""
@@ -74,6 +74,7 @@ def run(argv: list[str]) -> None:
     arguments = tyro.cli(Arguments, args=argv, prog="glax evaluate", description=__doc__)
     if not (arguments.text or arguments.tables or arguments.tasks):
         raise UserError("there is nothing to evaluate: give --text, --tables or --tasks")
+    check_place(arguments.json)
     if arguments.tables or arguments.tasks:
         import glax.evaluation.harness  # noqa: F401  (says what is missing before the model is read)
     source = open_source(arguments.model, arguments.tokenizer, arguments.compute_dtype, arguments.implementation)

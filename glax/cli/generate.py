@@ -1,7 +1,7 @@
-"""Continue a prompt with the model of a run folder, or of a checkpoint of the Hub, and print the tokens as they come.
+r"""Continue a prompt with the model of a run folder, or of a checkpoint of the Hub, and print the tokens as they come.
 
     glax generate runs/gla-small-bytes --prompt "import "
-    glax generate gla-1.3B-100B/ --prompt "The capital of France is" --temperature 0 --stop "\n"
+    glax generate gla-1.3B-100B/ --prompt "The capital of France is" --temperature 0 --stop $'\n'
 
 A long text is read once and its state kept; prompts then go on from there:
 
@@ -10,15 +10,16 @@ A long text is read once and its state kept; prompts then go on from there:
 """
 
 import dataclasses
+import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
 
-from glax.cli.sources import Source, open_source
+from glax.cli.sources import Source, check_place, open_source
 from glax.errors import UserError
 from glax.inference import Sampling, load_state, read_prefix, save_state, stream
 
@@ -63,8 +64,8 @@ class Arguments:
     tokenizer: str | None = None
     """"bytes", "mistral" or a SentencePiece file. None: the run's, or the checkpoint's tokenizer.model."""
 
-    compute_dtype: str | None = None
-    """bfloat16 or float32. None: the run's; for a checkpoint bfloat16, float32 on a CPU."""
+    compute_dtype: Literal["bfloat16", "float32"] | None = None
+    """None: the run's; for a checkpoint bfloat16, float32 on a CPU."""
 
     implementation: str | None = None
     """Kernel that reads the prompt. None: the fastest that runs here."""
@@ -73,6 +74,7 @@ class Arguments:
 def run(argv: list[str]) -> None:
     arguments = tyro.cli(Arguments, args=argv, prog="glax generate", description=__doc__)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+    check_place(arguments.save_state)
     source = open_source(arguments.model, arguments.tokenizer, arguments.compute_dtype, arguments.implementation)
     model = source.decoder()
     prefix = _prefix(arguments, source, model)
@@ -80,10 +82,12 @@ def run(argv: list[str]) -> None:
     if not prompts:
         if arguments.save_state is not None:
             return
-        prompts = (sys.stdin.read(),)
+        prompts = (_decoded(sys.stdin.buffer.read(), "the standard input"),)
     options = {"max_new_tokens": arguments.max_new_tokens, "sampling": sampling, "stop": arguments.stop}
     options |= {"seed": arguments.seed, "end_token": source.tokenizer.eos_id, "prefix": prefix}
     options["start_token"] = source.start_token if prefix is None else None
+    for prompt in prompts:
+        _decoded(os.fsencode(prompt), "the prompt")
     begun = time.monotonic()
     alone = len(prompts) == 1
     if alone:
@@ -102,10 +106,10 @@ def _prefix(arguments: Arguments, source: Source, model):
     state = None if arguments.state is None else load_state(arguments.state, model)
     if arguments.read is not None:
         try:
-            text = arguments.read.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read {arguments.read} ({error}): give a text file") from error
-        tokens = np.asarray(source.tokenizer.encode(text), np.int32)
+            data = arguments.read.read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read {arguments.read} ({error.strerror}): give a text file") from error
+        tokens = np.asarray(source.tokenizer.encode(_decoded(data, arguments.read)), np.int32)
         if state is None:
             tokens = np.concatenate([[source.start_token], tokens]).astype(np.int32)
         # Room for a prompt of any likely length, where softmax attention needs to be told.
@@ -116,3 +120,10 @@ def _prefix(arguments: Arguments, source: Source, model):
         save_state(arguments.save_state, model, state)
         print(f"state: {arguments.save_state}", file=sys.stderr)
     return state
+
+
+def _decoded(data: bytes, name: str | Path) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 text at byte {error.start}: convert it") from error

@@ -40,6 +40,7 @@ def open_source(path: str, tokenizer: str | None, compute_dtype: str | None, imp
         changes = {"compute_dtype": compute_dtype or config.model.compute_dtype, "implementation": implementation}
         model = _with(cast(model, jnp.dtype(changes["compute_dtype"])), changes)
         chosen = load_tokenizer(tokenizer or config.data.tokenizer)
+        _check(model, chosen)
         return Source(model, chosen, chosen.eos_id, Path(path).name)
     folder = checkpoint_folder(path)
     read_config(folder)  # says what is wrong with a folder that is no checkpoint's
@@ -50,8 +51,26 @@ def open_source(path: str, tokenizer: str | None, compute_dtype: str | None, imp
         raise UserError(f'{path} has no tokenizer.model: give --tokenizer "mistral", "bytes" or a SentencePiece file')
     chosen = load_tokenizer(tokenizer or str(folder / "tokenizer.model"))
     model = load_model(folder, dtype=jnp.dtype(compute_dtype), **options)
-    check_vocabulary(chosen, model.config.vocab_size)
+    _check(model, chosen)
     return Source(model, chosen, chosen.bos_id, Path(path).name)
+
+
+def check_place(path: Path | None) -> None:
+    """Raises UserError where no file can stand at ``path``: what would be written there may take hours."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise UserError(f"{path} is no place for a file: choose one in a folder that exists")
+
+
+def _check(model: LanguageModel, tokenizer: Tokenizer) -> None:
+    """Raises UserError where the model lacks tokens, or its named implementation does not run here."""
+    check_vocabulary(tokenizer, model.config.vocab_size)
+    if model.config.implementation is None:
+        return
+    tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    try:
+        jax.eval_shape(lambda model, tokens: model.prefill(tokens, model.init_state(1, 16)), model, tokens)
+    except (NotImplementedError, ValueError) as error:
+        raise UserError(str(error)) from error
 
 
 def _with(model: LanguageModel, changes: dict) -> LanguageModel:

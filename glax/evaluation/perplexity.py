@@ -76,12 +76,12 @@ def perplexity(
       UserError: no document has any text, or a size is not positive.
     """
     documents = [document for document in documents if document]
-    if not documents:
-        raise UserError("there is no text to evaluate: give documents that are not empty")
     for name, value in (("segment", segment), ("batch_size", batch_size), ("bucket", bucket)):
         if value < 1:
             raise UserError(f"{name} is {value}: it must be at least 1")
     encoded = [np.asarray(tokenizer.encode(document), np.int32) for document in documents]
+    if sum(map(len, encoded)) == 0:  # SentencePiece may make nothing of white space
+        raise UserError("there is no text to evaluate: give documents that are not empty")
     by_position: dict[tuple[int, int], tuple[int, float]] = {}
     total = []
     options = {"start_token": tokenizer.eos_id, "segment": segment, "batch_size": batch_size}
@@ -121,7 +121,7 @@ def log_likelihoods(
 
 
 def _score(model, rows, start_token, segment) -> list[np.ndarray]:
-    longest = max(len(row) for row in rows)
+    longest = max(1, *(len(row) for row in rows))
     segment = min(segment, _power_of_two(longest))
     width = -(-longest // segment) * segment
     targets = np.zeros((len(rows), width), np.int32)

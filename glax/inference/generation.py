@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from glax.errors import UserError
 from glax.inference.sampling import Sampling, sample
-from glax.models import Decoder, LanguageModel, repeat_rows
+from glax.models import Decoder, LanguageModel, check_room, repeat_rows
 
 Model = LanguageModel | Decoder
 State = list[Any]
@@ -66,7 +66,10 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p)
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
+    check_seed(seed)
     check_prompts(model, tokens, lengths)
+    if prefix is not None:
+        check_room(model, prefix, max_new_tokens + int(tokens.shape[1] if lengths is None else np.max(lengths)))
     decoding = start(model, tokens, lengths, max_new_tokens=max_new_tokens, seed=seed, prefix=prefix)
     return advance(model, decoding, count=max_new_tokens, sampling=sampling, stop_token=stop_token)[0]
 
@@ -112,7 +115,9 @@ def read_prefix(
     lengths = np.full(batch, length, np.int32) if lengths is None else np.asarray(lengths)
     piece = min(piece, 2 ** max(4, (length - 1).bit_length()))
     tokens = np.pad(np.asarray(tokens), ((0, 0), (0, -length % piece)))
-    if state is None:
+    if state is not None:
+        check_room(model, state, int(lengths.max()))
+    else:
         state = _fresh(model, batch, length + room)
     for first in range(0, tokens.shape[1], piece):
         state = _read(model, tokens[:, first : first + piece], state, np.clip(lengths - first, 0, piece))
@@ -177,3 +182,9 @@ def check_prompts(model: Model, tokens: Int[Array, "B T"], lengths: Int[Array, "
     least, most, vocab_size = np.min(tokens), np.max(tokens), model.config.vocab_size
     if least < 0 or most >= vocab_size:
         raise UserError(f"prompts have tokens from {least} to {most}: the model knows 0 to {vocab_size - 1}")
+
+
+def check_seed(seed: int) -> None:
+    """Raises UserError for a seed that jax cannot take."""
+    if not -(2**31) <= seed < 2**31:
+        raise UserError(f"seed is {seed}: give a number from 0 to {2**31 - 1}")

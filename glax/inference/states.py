@@ -29,8 +29,9 @@ def save_state(path: str | Path, model: LanguageModel | Decoder, state: list[Any
     try:
         save_file(tensors, partial, {"glax_state": json.dumps(_identity(model))})
         os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"cannot write the state {path} ({error.strerror or error}): choose another place") from error
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"cannot write the state {path} ({error}): choose another place") from error
 
 
 def load_state(path: str | Path, model: LanguageModel | Decoder) -> list[Any]:

@@ -7,8 +7,9 @@ from typing import Literal
 import numpy as np
 
 from glax.errors import UserError
-from glax.inference.generation import Decoding, Model, State, advance, check_prompts, start
+from glax.inference.generation import Decoding, Model, State, advance, check_prompts, check_seed, start
 from glax.inference.sampling import Sampling
+from glax.models import check_room
 
 # Tokens of one call of the compiled loop: between two calls the host looks for stop strings and shows what there is.
 PIECE = 16
@@ -116,11 +117,14 @@ def stream(
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
+    check_seed(seed)
     encoded = [[*([] if start_token is None else [start_token]), *map(int, tokenizer.encode(p))] for p in prompts]
     if not encoded or min(map(len, encoded)) < 1:
         raise UserError("a prompt has no tokens: give at least one character")
     tokens, lengths = padded(encoded)
     check_prompts(model, tokens, lengths)
+    if prefix is not None:
+        check_room(model, prefix, int(lengths.max()) + max_new_tokens)
     streams = [TextStream(tokenizer, stop, end_token, max_new_tokens) for _ in prompts]
     pieces = -(-max_new_tokens // PIECE)
     decoding = start(model, tokens, lengths, max_new_tokens=pieces * PIECE, seed=seed, prefix=prefix)

@@ -6,7 +6,7 @@ from glax.layers.mamba import Mamba
 from glax.layers.retention import MultiScaleRetention
 from glax.layers.sharding import constrain, parameter
 from glax.layers.short_convolution import ShortConvolution
-from glax.layers.softmax_attention import SoftmaxAttention
+from glax.layers.softmax_attention import SoftmaxAttention, SoftmaxAttentionState
 from glax.layers.swiglu import SwiGLU
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "RMSNorm",
     "ShortConvolution",
     "SoftmaxAttention",
+    "SoftmaxAttentionState",
     "SwiGLU",
     "constrain",
     "parameter",

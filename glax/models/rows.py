@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from glax.errors import UserError
+from glax.layers import SoftmaxAttentionState
 from glax.models.decoder import Decoder
 from glax.models.language_model import LanguageModel
 
@@ -25,6 +26,19 @@ def repeat_rows(model: LanguageModel | Decoder, state: list[Any], batch: int) ->
     if rows != {1}:
         raise UserError(f"the prefix has {max(rows)} rows and there are {batch} prompts: read one for all, or for each")
     return jax.tree.map(lambda leaf, axis: jnp.repeat(leaf, batch, axis), state, axes)
+
+
+def check_room(model: LanguageModel | Decoder, state: list[Any], tokens: int) -> None:
+    """Raises UserError where a state cannot take that many tokens more, as softmax attention's may not."""
+    caches = [layer for layer in model.by_layer(state) if isinstance(layer, SoftmaxAttentionState)]
+    if not caches or model.config.attention_window is not None:
+        return
+    room = min(cache.positions.shape[1] - int(jnp.max(cache.length)) for cache in caches)
+    if tokens > room:
+        raise UserError(
+            f"the state of what stands before has room for {room} tokens more, and {tokens} are to follow: read that "
+            "again with more room (a larger --max-new-tokens, on the command line)"
+        )
 
 
 def _batch_axes(model: LanguageModel | Decoder) -> list[Any]:

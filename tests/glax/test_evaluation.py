@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import json
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +76,9 @@ def test_perplexity_by_token_word_byte_and_position():
     assert result["by_position"][1]["token_perplexity"] == pytest.approx(math.exp(-second.mean()), rel=1e-5)
     with pytest.raises(UserError, match="no text to evaluate"):
         perplexity(model, bytes_, [""])
+    nothing = types.SimpleNamespace(encode=lambda text: [], eos_id=0)  # as SentencePiece makes of white space
+    with pytest.raises(UserError, match="no text to evaluate"):
+        perplexity(model, nothing, [" "])
 
 
 CONTEXTS = ["The sky is", "Two and two make", "The sky is"]

@@ -17,6 +17,8 @@ from glax.inference import (
     advance,
     complete,
     generate,
+    read_prefix,
+    save_state,
     start,
     stream,
 )
@@ -259,3 +261,22 @@ def test_a_stream_keeps_back_what_is_not_certain():
         TextStream(load_tokenizer("bytes"), stop=[""])
     cut = TextStream(load_tokenizer("bytes"), stop=["xyz"], limit=3)
     assert cut.add(b"axyq") == "axy" and cut.reason == "length"
+
+
+def test_a_state_without_room_is_refused():
+    """Keys beyond the cache would take the place of the first ones, without a word."""
+    model, prompt = model_of("transformer"), np.array([[9]])
+    state = read_prefix(model, np.array([[3, 1, 4]]), room=4)
+    assert generate(model, prompt, max_new_tokens=3, prefix=state).shape == (1, 3)
+    with pytest.raises(UserError, match="has room for 4 tokens more, and 5 are to follow"):
+        generate(model, prompt, max_new_tokens=4, prefix=state)
+    with pytest.raises(UserError, match="has room for 4 tokens more, and 6 are to follow"):
+        read_prefix(model, np.ones((1, 6), int), room=0, state=state)
+    with pytest.raises(UserError, match="has room for 4 tokens more, and 9 are to follow"):
+        complete(model, load_tokenizer("bytes"), ["\t"], max_new_tokens=8, prefix=state)
+
+
+def test_a_state_in_no_folder(tmp_path):
+    model = model_of("gla")
+    with pytest.raises(UserError, match="cannot write the state"):
+        save_state(tmp_path / "absent" / "state", model, model.init_state(1))
