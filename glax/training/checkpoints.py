@@ -36,13 +36,17 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
         )
+        self._saving = None  # what orbax gives for a save; its thread and its files stay open until asked for a result
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with self._refusals():
-            self._checkpointer.close()
+        try:
+            self.wait()
+        finally:
+            with self._refusals():
+                self._checkpointer.close()
 
     @property
     def latest(self) -> int | None:
@@ -55,13 +59,17 @@ class Checkpoints:
 
         Waits for the save before, if it is not done. Raises UserError where the disk refuses.
         """
+        self.wait()
         with self._refusals():
-            self._checkpointer.save_checkpointables_async(step, {"state": _tree(state), "data": batches})
+            saving = {"state": _tree(state), "data": batches}
+            self._saving = self._checkpointer.save_checkpointables_async(step, saving)
 
     def wait(self) -> None:
         """Until the last save is on disk. Raises UserError where the disk refuses."""
+        saving, self._saving = self._saving, None
         with self._refusals():
-            self._checkpointer.wait()
+            if saving is not None:
+                saving.result()
 
     def restore(self, abstract: TrainState, batches: TrainBatches) -> TrainState | None:
         """The newest checkpoint that can be read, with ``batches`` set to its place; None where there is none.
