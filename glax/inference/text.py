@@ -31,11 +31,22 @@ class Completion:
 
 
 class TextStream:
-    """Tokens in, text out, as far as it is certain: not the bytes of half a character, nor what may begin a stop."""
+    """Tokens in, text out, as far as it is certain: not the bytes of half a character, nor what may begin a stop.
 
-    def __init__(self, tokenizer, stop: Sequence[str] = (), end_token: int | None = None, limit: int | None = None):
+    ``before``: tokens that stand before, one will do. SentencePiece begins a text without the space that a word has.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        stop: Sequence[str] = (),
+        end_token: int | None = None,
+        limit: int | None = None,
+        before: Sequence[int] = (),
+    ):
         if any(not string for string in stop):
             raise UserError("a stop string is empty: give at least one character")
+        self._before, self._skipped = list(before), len(tokenizer.decode(before)) if len(before) else 0
         self._tokenizer, self._stop, self._end, self._limit = tokenizer, tuple(stop), end_token, limit
         self.tokens: list[int] = []
         self.text = ""
@@ -56,14 +67,17 @@ class TextStream:
             if self.reason is None and self._limit is not None and len(self.tokens) >= self._limit:
                 self.reason = "length"
         if self.reason != "stop string":
-            self.text = self._tokenizer.decode(self.tokens)
+            self.text = self._decoded()
         certain = self.text if self.reason is not None else self.text[: self._certain()]
         new = certain[self._given :]
         self._given = max(self._given, len(certain))
         return new
 
+    def _decoded(self) -> str:
+        return self._tokenizer.decode([*self._before, *self.tokens])[self._skipped :]
+
     def _look_for_stop(self):
-        text = self._tokenizer.decode(self.tokens)
+        text = self._decoded()
         places = [text.find(string) for string in self._stop if string in text]
         if places:
             self.text, self.reason = text[: min(places)], "stop string"
@@ -118,14 +132,15 @@ def stream(
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
     check_seed(seed)
-    encoded = [[*([] if start_token is None else [start_token]), *map(int, tokenizer.encode(p))] for p in prompts]
+    texts = [[int(token) for token in tokenizer.encode(prompt)] for prompt in prompts]
+    encoded = [[*([] if start_token is None else [start_token]), *text] for text in texts]
     if not encoded or min(map(len, encoded)) < 1:
         raise UserError("a prompt has no tokens: give at least one character")
     tokens, lengths = padded(encoded)
     check_prompts(model, tokens, lengths)
     if prefix is not None:
         check_room(model, prefix, int(lengths.max()) + max_new_tokens)
-    streams = [TextStream(tokenizer, stop, end_token, max_new_tokens) for _ in prompts]
+    streams = [TextStream(tokenizer, stop, end_token, max_new_tokens, text[-1:]) for text in texts]
     pieces = -(-max_new_tokens // PIECE)
     decoding = start(model, tokens, lengths, max_new_tokens=pieces * PIECE, seed=seed, prefix=prefix)
     for _ in range(pieces):

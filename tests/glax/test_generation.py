@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import io
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sentencepiece
 from flax import nnx
 
 from glax.data import load_tokenizer
@@ -261,6 +263,21 @@ def test_a_stream_keeps_back_what_is_not_certain():
         TextStream(load_tokenizer("bytes"), stop=[""])
     cut = TextStream(load_tokenizer("bytes"), stop=["xyz"], limit=3)
     assert cut.add(b"axyq") == "axy" and cut.reason == "length"
+
+
+def test_the_space_before_a_first_word():
+    """It is the word's with SentencePiece, which leaves it out at the beginning of a text."""
+    model = io.BytesIO()
+    options = {"vocab_size": 20, "hard_vocab_limit": False, "minloglevel": 2}
+    train = sentencepiece.SentencePieceTrainer.train
+    train(sentence_iterator=iter(["red cat sees red cat"] * 9), model_writer=model, **options)
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    text = "cat sees red"
+    tokens = tokenizer.encode(text)
+    for count in range(len(tokens)):
+        text_stream = TextStream(tokenizer, before=tokens[:count][-1:], stop=["never"])
+        rest = "".join(text_stream.add([token]) for token in tokens[count:])
+        assert tokenizer.decode(tokens[:count]) + rest == text
 
 
 def test_a_state_without_room_is_refused():
