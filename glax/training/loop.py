@@ -30,6 +30,7 @@ from glax.training.journal import Journal
 from glax.training.loggers import check_loggers, open_loggers
 from glax.training.mesh_choice import MICROBATCH_TOKENS, choose_mesh
 from glax.training.metrics import MetricsFile, Record, read_metrics
+from glax.training.optimizer import check_optimizer
 from glax.training.plot import plot_losses
 from glax.training.processes import StopSignal, or_lost
 from glax.training.profiling import Trace
@@ -85,6 +86,7 @@ def train(
     microbatches = choose_microbatches(config, mesh)
     check_divisible(mesh, config.model, config.data, microbatches)
     _check_positive(config)
+    check_optimizer(config.optimizer)
     check_loggers(config)
     check_same_run(folder, config)
     check_vocabulary(load_tokenizer(config.data.tokenizer), config.model.vocab_size)

@@ -6,6 +6,7 @@ import optax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
+from glax.errors import UserError
 from glax.training.config import OptimizerConfig
 
 
@@ -21,6 +22,19 @@ def learning_rate(step: Int[Array, ""], config: OptimizerConfig, steps: int) -> 
     cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * done))
     falling = config.final_learning_rate + cosine * (config.learning_rate - config.final_learning_rate)
     return jnp.where(step < config.warmup_steps, rising, falling)
+
+
+def check_optimizer(config: OptimizerConfig) -> None:
+    """Raises UserError for numbers with which nothing could be learned. (The config itself may hold traced ones.)"""
+    for name in ("learning_rate", "initial_learning_rate", "final_learning_rate", "warmup_steps", "weight_decay"):
+        if not getattr(config, name) >= 0:
+            raise UserError(f"optimizer.{name} is {getattr(config, name)}: it must not be negative")
+    for name in ("epsilon", "clip_norm"):
+        if not getattr(config, name) > 0:
+            raise UserError(f"optimizer.{name} is {getattr(config, name)}: it must be positive")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError(f"optimizer.{name} is {getattr(config, name)}: it must be from 0 to below 1")
 
 
 def adamw(config: OptimizerConfig, axes: PyTree[PartitionSpec]) -> optax.GradientTransformation:

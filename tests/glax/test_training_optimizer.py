@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from glax.errors import UserError
 from glax.training import OptimizerConfig, TrainConfig, recipe
-from glax.training.optimizer import adamw, is_matrix, learning_rate
+from glax.training.optimizer import adamw, check_optimizer, is_matrix, learning_rate
 from glax.training.sharding import make_mesh, use_mesh
 from glax.training.state import plan_state
 
@@ -33,8 +33,8 @@ def test_the_papers_recipe():
     "name, value", [("learning_rate", -1.0), ("learning_rate", math.nan), ("clip_norm", 0.0), ("beta2", 1.0)]
 )
 def test_numbers_that_learn_nothing(name, value):
-    with pytest.raises(UserError, match=f"^{name} is "):
-        OptimizerConfig(**{name: value})
+    with pytest.raises(UserError, match=f"^optimizer.{name} is "):
+        check_optimizer(OptimizerConfig(**{name: value}))
 
 
 def test_schedule():
