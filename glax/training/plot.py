@@ -28,7 +28,7 @@ def plot_losses(records: list[Record], path: Path, title: str) -> None:
         axes.plot(*np.array(validation).T, "o-", color="tab:orange", label="validation")
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)  # a name may have dollar signs
     axes.grid(alpha=0.3)
     if train or validation:
         axes.legend()

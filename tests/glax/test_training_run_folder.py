@@ -101,5 +101,5 @@ def test_tensorboard_events(tmp_path):
 
 def test_plot_of_few_and_of_missing_points(tmp_path):
     for records in ([], [{"step": 1, "loss": 2.0}, {"step": 1, "validation_loss": 2.0}, {"step": 2, "loss": None}]):
-        plot_losses(records, tmp_path / "loss.png", "title")
+        plot_losses(records, tmp_path / "loss.png", "$a_$")
         assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
