@@ -1,6 +1,7 @@
 """What the shared suite runs on: the implementations, the cases, and a float64 oracle that shares no code with them."""
 
 import dataclasses
+import functools
 import importlib.util
 
 import jax
@@ -59,9 +60,7 @@ GATES = {
 
 
 @dataclasses.dataclass
-class Inputs:
-    """Arrays of a case in the dtypes an implementation takes, and cotangents of its outputs."""
-
+class Inputs(against_oracle.Inputs):
     q: jax.Array
     k: jax.Array
     v: jax.Array
@@ -71,12 +70,7 @@ class Inputs:
     d_o: jax.Array
     d_state: jax.Array
 
-    @property
-    def differentiable(self):
-        return self.q, self.k, self.v, self.log_alpha, self.initial_state
-
-    def replace(self, **changes):
-        return dataclasses.replace(self, **changes)
+    DECAYS = ("log_alpha",)
 
 
 def make_inputs(case, seed=0, gates="mild", segments="sorted", dtype="float32", gate_dtype=None) -> Inputs:
@@ -103,19 +97,15 @@ OUTPUTS = ("o", "final_state", "dq", "dk", "dv", "dlog_alpha", "dinitial_state")
 
 def oracle(inputs: Inputs, scale=None) -> dict[str, np.ndarray]:
     """Eq. 3 and its derivative, a token at a time in numpy and float64."""
-    wide = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs)}
-    wide = {name: None if x is None else np.asarray(x, np.float64) for name, x in wide.items()}
+    wide = inputs.wide()
     q, d_o = wide["q"], wide["d_o"]
     batch, length, heads, key_width = q.shape
     ratio = heads // wide["k"].shape[2]
     scale = key_width**-0.5 if scale is None else scale
     k, v, alpha = (np.repeat(x, ratio, 2) for x in (wide["k"], wide["v"], np.exp(wide["log_alpha"])))
-    initial = wide["initial_state"] if wide["initial_state"] is not None else np.zeros_like(wide["d_state"])
-    keep = np.ones((batch, length, 1, 1, 1))
-    if wide["segment_ids"] is not None:
-        keep[:, 1:, 0, 0, 0] = wide["segment_ids"][:, 1:] == wide["segment_ids"][:, :-1]
+    keep = wide["keep"][..., None, None, None]
 
-    before, state, o = [], initial, np.zeros_like(d_o)
+    before, state, o = [], wide["initial_state"], np.zeros_like(d_o)
     for t in range(length):
         before.append(keep[:, t] * state)
         state = alpha[:, t, :, :, None] * before[t] + k[:, t, :, :, None] * v[:, t, :, None]
@@ -134,18 +124,10 @@ def oracle(inputs: Inputs, scale=None) -> dict[str, np.ndarray]:
         d_state = keep[:, t] * alpha[:, t, :, :, None] * d_state
     dk, dv, dg = (x.reshape(batch, length, -1, ratio, x.shape[-1]).sum(3) for x in (dk, dv, dg))
     out |= {"dq": dq, "dk": dk, "dv": dv, "dlog_alpha": dg}
-    return out | ({"dinitial_state": d_state} if wide["initial_state"] is not None else {})
+    return out | ({"dinitial_state": d_state} if inputs.initial_state is not None else {})
 
 
-def magnitudes(inputs: Inputs) -> dict[str, np.ndarray]:
-    """The oracle with no cancellation between terms: what rounding is relative to where numbers are few."""
-    names = ("q", "k", "v", "initial_state", "d_o", "d_state")
-    return oracle(inputs.replace(**{n: abs(x) for n in names if (x := getattr(inputs, n)) is not None}))
-
-
-def check(inputs, outputs, dtype):
-    """As `against_oracle.check`."""
-    against_oracle.check(outputs, oracle(inputs), magnitudes(inputs), dtype)
+check = functools.partial(against_oracle.check, oracle)
 
 
 def pytest_generate_tests(metafunc):

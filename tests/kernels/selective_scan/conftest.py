@@ -1,6 +1,7 @@
 """What the shared suite runs on: the implementations, the cases, and a float64 oracle that shares no code with them."""
 
 import dataclasses
+import functools
 import sys
 
 import jax
@@ -41,9 +42,7 @@ STEPS = {
 
 
 @dataclasses.dataclass
-class Inputs:
-    """Arrays of a case in the dtypes an implementation takes, and cotangents of its outputs."""
-
+class Inputs(against_oracle.Inputs):
     x: jax.Array
     dt: jax.Array
     A: jax.Array
@@ -55,12 +54,7 @@ class Inputs:
     d_y: jax.Array
     d_state: jax.Array
 
-    @property
-    def differentiable(self):
-        return self.x, self.dt, self.A, self.B, self.C, self.D, self.initial_state
-
-    def replace(self, **changes):
-        return dataclasses.replace(self, **changes)
+    DECAYS = ("dt", "A")
 
 
 def make_inputs(case, seed=0, steps="mamba", segments="sorted", dtype="float32") -> Inputs:
@@ -87,18 +81,14 @@ OUTPUTS = ("y", "final_state", "dx", "ddt", "dA", "dB", "dC", "dD", "dinitial_st
 
 def oracle(inputs: Inputs) -> dict[str, np.ndarray]:
     """The recurrence and its derivative, a token at a time in numpy and float64."""
-    wide = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs)}
-    wide = {name: None if x is None else np.asarray(x, np.float64) for name, x in wide.items()}
+    wide = inputs.wide()
     x, dt, A, B, C, D, d_y = (wide[name] for name in ("x", "dt", "A", "B", "C", "D", "d_y"))
-    batch, length, _ = x.shape
-    initial = wide["initial_state"] if wide["initial_state"] is not None else np.zeros_like(wide["d_state"])
-    keep = np.ones((batch, length, 1, 1))
-    if wide["segment_ids"] is not None:
-        keep[:, 1:, 0, 0] = wide["segment_ids"][:, 1:] == wide["segment_ids"][:, :-1]
+    length = x.shape[1]
+    keep = wide["keep"][..., None, None]
     decay = np.exp(dt[..., None] * A)
     update = (dt * x)[..., None] * B[:, :, None]
 
-    before, state, y = [], initial, np.zeros_like(x)
+    before, state, y = [], wide["initial_state"], np.zeros_like(x)
     for t in range(length):
         before.append(keep[:, t] * state)
         state = decay[:, t] * before[t] + update[:, t]
@@ -118,18 +108,10 @@ def oracle(inputs: Inputs) -> dict[str, np.ndarray]:
         dA += np.sum(dt[:, t, :, None] * d_exponent, 0)
         g = keep[:, t] * decay[:, t] * g
     out |= {"dx": dx, "ddt": ddt, "dA": dA, "dB": dB, "dC": dC, "dD": np.sum(x * d_y, (0, 1))}
-    return out | ({"dinitial_state": g} if wide["initial_state"] is not None else {})
+    return out | ({"dinitial_state": g} if inputs.initial_state is not None else {})
 
 
-def magnitudes(inputs: Inputs) -> dict[str, np.ndarray]:
-    """The oracle with no cancellation between terms: what rounding is relative to where numbers are few."""
-    names = ("x", "B", "C", "D", "initial_state", "d_y", "d_state")
-    return oracle(inputs.replace(**{n: abs(x) for n in names if (x := getattr(inputs, n)) is not None}))
-
-
-def check(inputs, outputs, dtype):
-    """As `against_oracle.check`."""
-    against_oracle.check(outputs, oracle(inputs), magnitudes(inputs), dtype)
+check = functools.partial(against_oracle.check, oracle)
 
 
 def pytest_generate_tests(metafunc):
