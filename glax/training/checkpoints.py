@@ -48,12 +48,6 @@ class Checkpoints:
             with self._refusals():
                 self._checkpointer.close()
 
-    @property
-    def latest(self) -> int | None:
-        """Step of the newest checkpoint that is written, readable or not."""
-        checkpoints = self._checkpointer.checkpoints
-        return checkpoints[-1].step if checkpoints else None
-
     def save(self, step: int, state: TrainState, batches: TrainBatches) -> None:
         """Copy ``state`` and the place of ``batches``, and write them while training goes on.
 
