@@ -1,8 +1,9 @@
 """The JSON that an experiment leaves: settings, what it ran on, and rows that appear one by one, so that it resumes."""
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ class ResultsFile:
         self.content: dict[str, Any] = {"settings": settings, **described, "ran_on": [], "rows": []}
         if path.exists():
             self._continue(settings)
+        with self._writing():  # before hours of work
+            path.parent.mkdir(parents=True, exist_ok=True)
         ran_on = provenance()
         if ran_on not in self.content["ran_on"]:
             self.content["ran_on"].append(ran_on)
@@ -46,11 +49,20 @@ class ResultsFile:
             self.rows.append(row)
         else:
             self.rows[self.rows.index(replacing)] = row
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f".{self.path.name}.partial")
-        partial.write_text(json.dumps(self.content, indent=1) + "\n")
-        os.replace(partial, self.path)
+        with self._writing():
+            partial.write_text(json.dumps(self.content, indent=1) + "\n")
+            os.replace(partial, self.path)
         return row
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path} ({error.strerror}): make room or give --results another folder"
+            ) from error
 
     def _continue(self, settings: dict[str, Any]) -> None:
         try:

@@ -47,7 +47,8 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         (["--variants", "channel,open"], 'variants has "open": choose from channel, scalar'),
         (["--steps", "0"], "steps, seeds, length and batch must be at least 1"),
         (["--data", str(tmp_path / "nowhere")], "nowhere"),
+        (["--results", "/dev/null/results"], "cannot write /dev/null/results"),
     ):
-        assert main([*arguments, "--results", str(tmp_path)]) == 2
+        assert main(["--results", str(tmp_path), *arguments]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and message in error and error.count("\n") == 1
