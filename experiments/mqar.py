@@ -381,6 +381,8 @@ def run(arguments: Arguments) -> None:
     task = TASKS[arguments.task]
     changes = {name: getattr(arguments, name) for name in ("steps", "batch") if getattr(arguments, name) is not None}
     task = dataclasses.replace(task, **changes)
+    if min(task.steps, task.batch, arguments.seeds, arguments.evaluate_every) < 1:
+        raise UserError("steps, batch, seeds and evaluate_every must be at least 1")
     models, widths = arguments.models.split(","), _numbers(arguments.widths, int, "widths")
     for model in models:
         if model not in MODELS:

@@ -115,6 +115,7 @@ def test_the_embedding_is_a_lookup_and_its_gradient_too():
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["--steps", "0"], "steps, batch, seeds and evaluate_every must be at least 1"),
         (["--models", "gla,lstm"], 'models has "lstm": choose from gla, retnet'),
         (["--widths", "wide"], 'widths is "wide"'),
         (["--widths", "33"], "whole multiple of num_heads 2"),
