@@ -47,7 +47,7 @@ def test_the_template(tmp_path, code):
     }
     template = ROOT / "experiments" / "slurm" / "train.sbatch"
     command = ["bash", str(template), "--name", "two words", "--mesh", "auto"]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == code, done.stderr
     lines = done.stdout.splitlines()
     for index in range(2):

@@ -1,6 +1,8 @@
 """Several processes are one run: they find each other, have one process's losses, stop together, and notice a loss."""
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -67,14 +69,21 @@ def test_a_place_from_flags():
         find_place(ProcessConfig(coordinator="a:1", count=2, index=2), {})
 
 
+def free_port() -> int:
+    """Below those that Linux gives to whoever asks for any: nobody takes it before the coordinator does."""
+    for port in random.Random(os.getpid()).sample(range(20000, 32000), 100):
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
+
+
 class Start:
     """Processes of one start of the run ``folder``, four virtual devices among them."""
 
     def __init__(self, count: int, folder: Path, text: Path, *mesh: str):
         self.folder = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
+        address = f"127.0.0.1:{free_port()}"
         flags = {
             "preset": "gla-tiny",
             "name": folder.name,
@@ -97,12 +106,12 @@ class Start:
         shared = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            # Eight processes compile here: fast, rather than fast code.
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // count} --xla_backend_optimization_level=0",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // count}",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # eight processes compile here: fast, rather than fast code
         }
         self.processes = []
         for index in range(count):
-            place = {"coordinator": address, "count": count, "index": index, "heartbeat": 10}
+            place = {"coordinator": address, "count": count, "index": index, "heartbeat": 20}
             own = [word for flag, value in place.items() for word in (f"--processes.{flag}", str(value))]
             command = [sys.executable, str(SCRIPT), *shared, *mesh, *(own if count > 1 else [])]
             output = (folder.parent / f"output.{count}.{index}").open("w")
@@ -150,9 +159,9 @@ def test_two_processes_then_four_then_one(text_folder, tmp_path):
     assert f"continuing after step {stopped}" in four.output(0)
     four.processes[3].kill()
     killed = time.monotonic()
-    codes = four.codes(60)
+    codes = four.codes(120)
     assert codes[3] == -signal.SIGKILL and 0 not in codes
-    assert time.monotonic() - killed < 60
+    assert time.monotonic() - killed < 120
     for index in range(3):
         assert "lost another one" in four.output(index) or "heartbeat timeout" in four.output(index)
 

@@ -56,9 +56,12 @@ runpy.run_path(script, run_name="__main__")
 
 @pytest.fixture
 def start(text_folder, tmp_path):
-    """``start(name, event, what)``: one start of a run of sixteen steps on one device; a finished process."""
+    """``start(name, event, what)``: one start of a run of sixteen steps on one device; a finished process.
 
-    def run(name: str, event: str = "none", what: str = "") -> subprocess.CompletedProcess:
+    The starts share what they compile, unless they are to compile it ``anew``.
+    """
+
+    def run(name: str, event: str = "none", what: str = "", anew: bool = False) -> subprocess.CompletedProcess:
         flags = {
             "preset": "gla-tiny",
             "name": name,
@@ -77,9 +80,13 @@ def start(text_folder, tmp_path):
         }
         arguments = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
         environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+        environment |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        if not anew:
+            environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "compiled")
+            environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         return subprocess.run(
             [sys.executable, "-c", DRIVER, str(SCRIPT), event, what, *arguments],
-            env=environment | {"JAX_PLATFORMS": "cpu"},
+            env=environment,
             capture_output=True,
             text=True,
             timeout=300,
@@ -114,7 +121,7 @@ def test_killed_in_steps_and_saves(start, tmp_path):
         assert said in killed.stdout
         assert (metrics.parent / "config.json").exists()
     assert (checkpoints / "12.orbax-checkpoint-tmp").exists(), "killed once the files were written, but not named"
-    last = start("broken")
+    last = start("broken", anew=True)
     assert last.returncode == 0, last.stderr
     assert "continuing after step 8" in last.stdout
     assert losses(metrics) == expected
