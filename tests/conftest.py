@@ -1,13 +1,35 @@
 """Every test runs on CPU with eight virtual devices, unless JAX_PLATFORMS says otherwise."""
 
 import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
-
-from hypothesis import settings
+FLAGS = {
+    "xla_force_host_platform_device_count": 8,
+    "xla_cpu_collective_call_terminate_timeout_seconds": 600,  # eight devices on few busy cores wait for each other
+}
+for flag, value in FLAGS.items():
+    if flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{flag}={value}".strip()
 
 # Compilation dominates the first call of a shape, so deadlines would measure XLA; the same examples every time.
 settings.register_profile("glax", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("glax")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_optimizations(request: pytest.FixtureRequest):
+    """Programs run once or twice here, so what is spent on making them fast is not won back.
+
+    Operators are compiled as they will be: there it is also what XLA makes of them that is tested.
+    """
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    if Path(__file__).parent / "kernels" not in request.path.parents:
+        jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
