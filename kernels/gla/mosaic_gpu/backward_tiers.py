@@ -42,6 +42,9 @@ def tier_1(walk: Walk, step, dS, of_first, of_last, *, scale, packed):
     diagonal = jnp.sum(where(has(v.pairs(), DIAGONAL), dP, 0.0), axis=1)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     v.limb[...] = where(has(v.pairs(), LOWER), dP, 0.0).astype(BF16)
+    parked = VB > 64  # P^T waits where dq will be: dS and three accumulators leave no registers for it
+    if parked:
+        v.out_q[...] = PT
     plgpu.commit_smem()
     v = walk.at(step)
     chains = [[(v.limb, v.k_own)], [(v.limb.T, v.q_own)], [(v.v, v.dS_own.T)]]
@@ -63,6 +66,8 @@ def tier_1(walk: Walk, step, dS, of_first, of_last, *, scale, packed):
     for_q = pin(for_q + diagonal * load(v.k_own).astype(F32))
     v = walk.at(step)
     D_again = v.around_middle()
+    if parked:
+        PT = pin(load(v.out_q))
     v.out_q[...] = (for_q * (jnp.exp(D_again) * scale)).astype(BF16)
     v.out_k[...] = (for_k * jnp.exp(-D_again)).astype(BF16)
     return PT, change, later, dS

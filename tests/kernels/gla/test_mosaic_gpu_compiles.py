@@ -32,14 +32,14 @@ SHAPES = {  # B, T, H, K, V
 # spill today stand here with the bytes allowed, and these only ever go down; a kernel that is not here may not spill.
 ALLOWED_SPILL_BYTES = {
     ("fig2_2k", "gla_backward"): 60,
-    ("d128_2k", "gla_backward"): 240,
+    ("d128_2k", "gla_backward"): 132,
     ("long_8k", "gla_forward_saving"): 44,
-    ("long_8k", "gla_backward"): 320,
+    ("long_8k", "gla_backward"): 204,
     ("1b3_2k", "gla_finish"): 136,
     ("340m_2k", "gla_finish"): 124,
     ("1b3_32k", "gla_finish"): 104,
     ("everything", "gla_forward_saving"): 28,
-    ("everything", "gla_backward"): 428,
+    ("everything", "gla_backward"): 308,
     ("everything", "gla_finish"): 64,
 }
 
