@@ -49,18 +49,6 @@ def _all(store: TokenStore) -> Int[np.ndarray, "N"]:
     return store.read(np.arange(store.starts[0] - 1, store.starts[-1] + store.lengths[-1]))
 
 
-class ByteModel(LanguageModel):
-    """A language model whose embedding is a product with one-hot rows.
-
-    The gradient of a lookup adds what comes from each token to its row with atomic operations, and with 256 rows these
-    wait for each other: on a GPU that takes longer than all the rest of a small model.
-    """
-
-    def _embed(self, tokens):
-        dtype = self.config.dtype
-        return jax.nn.one_hot(tokens, self.config.vocab_size, dtype=dtype) @ self.embedding[...].astype(dtype)
-
-
 def token_losses(
     model: LanguageModel, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]
 ) -> Float[Array, "B T"]:

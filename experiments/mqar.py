@@ -142,23 +142,9 @@ class Arguments:
     """Folder of mqar.json and mqar.png."""
 
 
-class Model(LanguageModel):
-    """A language model whose embedding has a gradient that is fast where most tokens are 0, as here.
-
-    The gradient of a lookup adds what comes from each token to its row of the table with atomic operations, and those
-    of token 0 would wait for each other: on an H200, nine tenths of a step. So row 0 is looked up by no token.
-    """
-
-    def _embed(self, tokens):
-        table = self.embedding[...]
-        others = jnp.arange(tokens.size).reshape(tokens.shape) % table.shape[0]  # any rows, but not all the same
-        looked_up = table[jnp.where(tokens == 0, others, tokens)]
-        return jnp.where((tokens == 0)[..., None], table[0], looked_up).astype(self.config.dtype)
-
-
-class ConvolvedModel(Model):
-    """The same with a convolution layer in front of its first block: x + silu(conv(norm(x) W)) W', x the embeddings,
-    conv causal with 4 taps for each channel."""
+class ConvolvedModel(LanguageModel):
+    """A language model with a convolution layer in front of its first block: x + silu(conv(norm(x) W)) W', x the
+    embeddings, conv causal with 4 taps for each channel."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
@@ -279,7 +265,7 @@ def sweep(model: str, width: int, task: Task, arguments: Arguments, data: "Data"
         data=data.train[-1],
         learning_rates=rates,
         seeds=tuple(range(arguments.seeds)),
-        model=ConvolvedModel if arguments.convolution else Model,
+        model=ConvolvedModel if arguments.convolution else LanguageModel,
     )
     size = min(250, task.test_examples)
     batches = jax.tree.map(lambda x: x[: len(x) // size * size].reshape(-1, size, *x.shape[1:]), data.test)

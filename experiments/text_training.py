@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 import jax.numpy as jnp
 import numpy as np
-from byte_text import ByteModel, ByteText
+from byte_text import ByteText
 from jaxtyping import Array, Float, Int
 
 from glax.models import ModelConfig
@@ -58,7 +58,6 @@ def train_on_text(
         data=jnp.asarray(text.train),
         learning_rates=(arguments.learning_rate,),
         seeds=tuple(range(arguments.seeds)),
-        model=ByteModel,
     )
     copy = arguments.results / f"{name}.npz".replace(" ", "-").replace(":", "-")
     piece_steps = max(1, arguments.steps // looks)

@@ -1,5 +1,6 @@
 """Layers of the models. A token mixer has ``__call__`` for all tokens at once, ``init_state`` and ``step`` for one."""
 
+from glax.layers.embedding import embed
 from glax.layers.gated_linear_attention import FEATURE_MAPS, Gate, GatedLinearAttention
 from glax.layers.linear import Linear, RMSNorm
 from glax.layers.mamba import Mamba
@@ -22,5 +23,6 @@ __all__ = [
     "SoftmaxAttentionState",
     "SwiGLU",
     "constrain",
+    "embed",
     "parameter",
 ]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from glax.layers import Linear, RMSNorm, constrain, parameter
+from glax.layers import Linear, RMSNorm, embed, parameter
 from glax.models.blocks import Block, Stack, unstacked
 from glax.models.config import ModelConfig
 
@@ -124,9 +124,7 @@ class LanguageModel(nnx.Module):
         return self._logits(self.norm(x)), after
 
     def _embed(self, tokens):
-        # The table is gathered over its width; else tokens are, and what is looked up is exchanged between devices.
-        table = constrain(self.embedding[...].astype(self.config.dtype), "vocab", None)
-        return constrain(table[tokens], "batch", *["length"] * (tokens.ndim - 1), None)
+        return embed(self.embedding[...], tokens, self.config.dtype)
 
     def _logits(self, hidden):
         return jnp.dot(hidden, self.unembedding(), preferred_element_type=jnp.float32)

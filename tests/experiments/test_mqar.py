@@ -3,14 +3,10 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import mqar
 import numpy as np
 import pytest
-from flax import nnx
 from mqar import TASKS, Task, examples, main
-
-from glax.models import LanguageModel
 
 WIDE = Task(vocabulary=64, length=40, pairs=4, batch=8, steps=1)
 
@@ -93,23 +89,6 @@ def test_a_curriculum_keeps_the_tokens_of_a_step():
         (256, 16, 256),
     ]
     assert [share for _, share in stages] == pytest.approx([0.1, 0.3, 1.0])
-
-
-def test_the_embedding_is_a_lookup_and_its_gradient_too():
-    config = mqar.model_config("transformer", 8, WIDE, mqar.Arguments(dtype="float32"))
-    tokens = examples(0, 4, WIDE).tokens
-    graph, params = nnx.split(mqar.Model(config, rngs=nnx.Rngs(0)), nnx.Param)
-    weight = jax.random.normal(jax.random.key(0), (*tokens.shape, 8))
-
-    def total(params, embed):
-        return jnp.sum(weight * embed(nnx.merge(graph, params), tokens))
-
-    for plain, ours in zip(
-        jax.value_and_grad(total)(params, LanguageModel._embed),
-        jax.value_and_grad(total)(params, mqar.Model._embed),
-        strict=True,
-    ):
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), plain, ours)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from glax.layers import FEATURE_MAPS, GatedLinearAttention, RMSNorm, SoftmaxAttention, SwiGLU
+from glax.layers import FEATURE_MAPS, GatedLinearAttention, RMSNorm, SoftmaxAttention, SwiGLU, embed
 
 D, H = 16, 4
 
@@ -45,6 +45,22 @@ def test_rms_norm_of_bfloat16_is_computed_in_float32():
     rounded = RMSNorm(D, eps=1e-6, dtype=jnp.bfloat16)(x)
     assert rounded.dtype == jnp.bfloat16
     np.testing.assert_array_equal(rounded, exact.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("shape", [(2, 256), (3, 100), (1, 7), (5,)])
+def test_embeddings_are_rows_and_their_gradient_is_a_float32_sum(shape):
+    """In bfloat16 a row that most tokens read, whose gradient is a sum of hundreds, would stop to grow."""
+    vocabulary = 9
+    table = jax.random.normal(jax.random.key(1), (vocabulary, D))
+    tokens = jnp.maximum(jax.random.randint(jax.random.key(2), shape, -20, vocabulary), 0)
+    weights = jax.random.uniform(jax.random.key(3), (*shape, D), jnp.bfloat16)
+    rows, vjp = jax.vjp(lambda table: embed(table, tokens, jnp.bfloat16), table)
+    np.testing.assert_array_equal(rows, table.astype(jnp.bfloat16)[tokens])
+    expected = np.zeros((vocabulary, D))
+    np.add.at(expected, np.asarray(tokens), float64(weights))
+    (gradient,) = vjp(weights)
+    assert gradient.dtype == jnp.float32
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5)
 
 
 def test_swiglu():
