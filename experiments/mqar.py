@@ -19,9 +19,9 @@ and are in Zoology's later experiments: --convolution, and --curriculum, shorter
 """
 
 import dataclasses
-import functools
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -30,12 +30,13 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from glax.errors import UserError, exit_code
 from glax.layers import Linear, RMSNorm, ShortConvolution
 from glax.models import LanguageModel, ModelConfig
 from many_runs import ManyRuns, Training, turn
+from mqar_examples import TASKS, Examples, Task, examples
 from results_file import ResultsFile, plot
 
 CONV_WIDTH = 4
@@ -45,41 +46,6 @@ MODELS = {
     "retnet": {"mixer": "retnet", "num_layers": 4, "expand_k": 1.0, "expand_v": 2.0},
     "mamba": {"mixer": "mamba", "num_layers": 4, "expand_v": 2.0},
     "transformer": {"mixer": "attention", "num_layers": 2},
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """The examples, how many there are, and how long to train on them."""
-
-    vocabulary: int
-    """Symbols: 0 is nothing, the rest of the lower half are keys, the upper half are values."""
-
-    length: int
-    """Places of a row."""
-
-    pairs: int
-    """Keys, each with a value; 4 pairs must fit in the length."""
-
-    batch: int
-    """Rows of a training step."""
-
-    steps: int
-    """Training steps, at most."""
-
-    train_examples: int = 100_000
-    test_examples: int = 3_000
-
-    def shortened(self, times: int) -> "Task":
-        """The same tokens and pairs in a step, in rows that are ``times`` shorter."""
-        changes = {"length": self.length // times, "pairs": self.pairs // times, "batch": self.batch * times}
-        return dataclasses.replace(self, **changes)
-
-
-TASKS = {
-    "small": Task(vocabulary=32, length=16, pairs=3, batch=64, steps=800, train_examples=20_000, test_examples=1_024),
-    "l256": Task(vocabulary=8192, length=256, pairs=16, batch=256, steps=64 * 391),
-    "l512": Task(vocabulary=8192, length=512, pairs=64, batch=128, steps=64 * 782),
 }
 
 
@@ -160,53 +126,6 @@ class ConvolvedModel(LanguageModel):
         return x + self.conv_out(self.conv(self.conv_in(self.conv_norm(x)))[0])
 
 
-class Examples(NamedTuple):
-    """Rows with the places that ask for a key, and the values asked for. Everywhere else nothing is predicted."""
-
-    tokens: Int[Array, "N length"]
-    places: Int[Array, "N pairs"]
-    answers: Int[Array, "N pairs"]
-
-
-def example(key: PRNGKeyArray, task: Task) -> Examples:
-    """One row: keys and values without repetition; the gaps drawn without replacement, p_i ~ 0.01 i^(0.01 - 1)."""
-    half, pairs = task.vocabulary // 2, task.pairs
-    for_keys, for_values, for_gaps = jax.random.split(key, 3)
-    keys = 1 + distinct(for_keys, half - 1, pairs)
-    values = half + distinct(for_values, half, pairs)
-    spaces = (task.length - 2 * pairs) // 2
-    weights = 0.01 * np.arange(1, spaces + 1) ** (0.01 - 1.0)
-    gaps = jax.random.choice(for_gaps, spaces, (pairs,), replace=False, p=jnp.asarray(weights / weights.sum()))
-    places = 2 * pairs + 2 * gaps
-    context = jnp.stack([keys, values], 1).reshape(-1)
-    tokens = jnp.zeros(task.length, jnp.int32).at[: 2 * pairs].set(context).at[places].set(keys)
-    return Examples(tokens, places, values)
-
-
-def distinct(key: PRNGKeyArray, population: int, count: int) -> Int[Array, "count"]:
-    """``count`` of 0..population-1 without repetition, in random order (Floyd's algorithm, which sorts nothing)."""
-    for_draws, for_order = jax.random.split(key)
-    tops = jnp.arange(population - count, population)
-    draws = jax.random.randint(for_draws, (count,), 0, tops + 1)
-
-    def choose(chosen, index):
-        number = jnp.where(jnp.any(chosen == draws[index]), tops[index], draws[index])
-        return chosen.at[index].set(number), None
-
-    chosen, _ = jax.lax.scan(choose, jnp.full(count, -1), jnp.arange(count))
-    return jax.random.permutation(for_order, chosen)
-
-
-def examples(seed: int, count: int, task: Task) -> Examples:
-    """``count`` rows, made on the device, a few thousand at a time."""
-    return _examples(jax.random.split(jax.random.key(seed), count), task)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _examples(keys, task):
-    return jax.lax.map(lambda key: example(key, task), keys, batch_size=2048)
-
-
 def loss_and_accuracy(model: LanguageModel, rows: Examples) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Cross entropy of the answers in nats, and the share of them that is the most likely token."""
     hidden = jnp.take_along_axis(model.hidden(rows.tokens), rows.places[..., None], 1)
@@ -249,30 +168,13 @@ def curriculum(task: Task, arguments: Arguments) -> list[tuple[Task, float]]:
 
 def sweep(model: str, width: int, task: Task, arguments: Arguments, data: "Data", results: ResultsFile) -> None:
     """Trains every learning rate and seed of one model and width, and keeps their row of the results up to date."""
-    config = model_config(model, width, task, arguments)
-
-    def sample(key, rows):
-        count, length = rows.tokens.shape
-        chosen = jax.random.randint(key, (task.batch * task.length // length,), 0, count)
-        return jax.tree.map(lambda x: x[chosen], rows)
-
-    rates = learning_rates(arguments)
-    runs = ManyRuns(
-        config,
-        sample,
-        lambda model, rows: loss_and_accuracy(model, rows)[0],
-        Training(steps=task.steps, weight_decay=0.1, beta2=0.999),
-        data=data.train[-1],
-        learning_rates=rates,
-        seeds=tuple(range(arguments.seeds)),
-        model=ConvolvedModel if arguments.convolution else LanguageModel,
-    )
+    every = arguments.evaluate_every
+    runs = make_runs(model, width, task, arguments, data)
     size = min(250, task.test_examples)
     batches = jax.tree.map(lambda x: x[: len(x) // size * size].reshape(-1, size, *x.shape[1:]), data.test)
-    runs.compile(min(arguments.evaluate_every, task.steps), *data.train)
+    runs.compile(min(every, task.steps), *data.train)
     runs.evaluate(loss_and_accuracy, batches)
 
-    every = arguments.evaluate_every
     copy, row = arguments.results / f"{model}-{width}.npz", results.find(model=model, width=width)
     curve = row["curve"] if row and copy.exists() else []
     with turn(arguments.turn):
@@ -287,40 +189,61 @@ def sweep(model: str, width: int, task: Task, arguments: Arguments, data: "Data"
             until = runs.steps if share == 1 else round(share * runs.steps / every) * every
             for losses in runs.train(every, copy, until):
                 _, accuracy = runs.evaluate(loss_and_accuracy, batches)
-                accuracy = accuracy.astype(float).reshape(len(rates), arguments.seeds)
+                accuracy = accuracy.astype(float).reshape(-1, arguments.seeds)
                 loss = losses.astype(float).mean(0).reshape(accuracy.shape)
-                point = {"step": runs.step, "accuracy": accuracy.round(4).tolist(), "loss": loss.round(4).tolist()}
-                curve = [*(point for point in curve if point["step"] < runs.step), point]
-                best, solved = int(np.argmax(accuracy.mean(1))), bool(np.all(accuracy.max(0) > 0.99))
                 seconds = time.monotonic() - started
                 print(
                     f"{model} {width}: step {runs.step}/{runs.steps}, loss {loss.mean(1).round(3).tolist()}, "
                     f"accuracy {accuracy.mean(1).round(3).tolist()}, {seconds:.1f} s",
                     flush=True,
                 )
-                now = {
-                    "model": model,
-                    "width": width,
-                    "finished": solved or runs.step == runs.steps,
-                    "parameters": sum(leaf[0].size for leaf in jax.tree.leaves(runs.params)),
-                    "layers": config.num_layers,
-                    "dtype": config.compute_dtype,
-                    "steps": runs.step,
-                    "steps_of_schedule": runs.steps,
-                    "learning_rates": rates,
-                    "seeds": arguments.seeds,
-                    "accuracy": accuracy.round(4).tolist(),
-                    "best_learning_rate": rates[best],
-                    "best_accuracy": float(accuracy[best].mean().round(4)),
-                    "best_accuracy_by_seed": accuracy[best].round(4).tolist(),
-                    "curve": curve,
-                    "seconds": round(seconds, 1),
-                }
+                point = {"step": runs.step, "accuracy": accuracy.round(4).tolist(), "loss": loss.round(4).tolist()}
+                curve = [*(point for point in curve if point["step"] < runs.step), point]
+                now = {"model": model, "width": width, **outcome(runs, accuracy, learning_rates(arguments))}
+                now |= {"curve": curve, "seconds": round(seconds, 1)}
                 row = results.add(now, replacing=row)
-                if solved:
+                if row["finished"]:
                     copy.unlink(missing_ok=True)
                     return
-    copy.unlink(missing_ok=True)
+
+
+def make_runs(model: str, width: int, task: Task, arguments: Arguments, data: "Data") -> ManyRuns:
+    """Every learning rate and seed. A step has as many tokens in the shorter rows of a curriculum."""
+
+    def sample(key, rows):
+        count, length = rows.tokens.shape
+        chosen = jax.random.randint(key, (task.batch * task.length // length,), 0, count)
+        return jax.tree.map(lambda x: x[chosen], rows)
+
+    return ManyRuns(
+        model_config(model, width, task, arguments),
+        sample,
+        lambda model, rows: loss_and_accuracy(model, rows)[0],
+        Training(steps=task.steps, weight_decay=0.1, beta2=0.999),
+        data=data.train[-1],
+        learning_rates=learning_rates(arguments),
+        seeds=tuple(range(arguments.seeds)),
+        model=ConvolvedModel if arguments.convolution else LanguageModel,
+    )
+
+
+def outcome(runs: ManyRuns, accuracy: Float[np.ndarray, "rates seeds"], rates: tuple[float, ...]) -> dict[str, object]:
+    """What a row says of the runs where they stand."""
+    best, solved = int(np.argmax(accuracy.mean(1))), bool(np.all(accuracy.max(0) > 0.99))
+    return {
+        "finished": solved or runs.step == runs.steps,
+        "parameters": sum(leaf[0].size for leaf in jax.tree.leaves(runs.params)),
+        "layers": runs.config.num_layers,
+        "dtype": runs.config.compute_dtype,
+        "steps": runs.step,
+        "steps_of_schedule": runs.steps,
+        "learning_rates": rates,
+        "seeds": accuracy.shape[1],
+        "accuracy": accuracy.round(4).tolist(),
+        "best_learning_rate": rates[best],
+        "best_accuracy": float(accuracy[best].mean().round(4)),
+        "best_accuracy_by_seed": accuracy[best].round(4).tolist(),
+    }
 
 
 class Data(NamedTuple):
@@ -344,7 +267,7 @@ def learning_rates(arguments: Arguments) -> tuple[float, ...]:
     return tuple(_numbers(arguments.learning_rates, float, "learning_rates"))
 
 
-def draw(rows: list[dict], task: Task) -> callable:
+def draw(rows: list[dict], task: Task) -> Callable:
     def draw_axes(axes):
         for model in dict.fromkeys(row["model"] for row in rows):
             points = sorted((row["width"], row["best_accuracy_by_seed"]) for row in rows if row["model"] == model)

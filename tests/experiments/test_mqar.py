@@ -3,16 +3,18 @@
 import json
 
 import jax
-import mqar
 import numpy as np
 import pytest
-from mqar import TASKS, Task, examples, main
+
+import mqar
+from mqar import main
+from mqar_examples import TASKS, Examples, Task, examples
 
 WIDE = Task(vocabulary=64, length=40, pairs=4, batch=8, steps=1)
 
 
 @pytest.fixture(scope="module", params=[WIDE, TASKS["l256"], TASKS["l512"]], ids=["small", "l256", "l512"])
-def drawn(request) -> tuple[Task, mqar.Examples]:
+def drawn(request) -> tuple[Task, Examples]:
     return request.param, jax.tree.map(np.asarray, examples(3, 64, request.param))
 
 
