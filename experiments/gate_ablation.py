@@ -23,13 +23,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import tyro
-from byte_text import VOCABULARY, ByteText, load_text, window_loss
-from text_training import train_on_text
 
+from byte_text import VOCABULARY, ByteText, load_text, window_loss
 from glax.errors import UserError, exit_code
 from glax.models import ModelConfig
 from many_runs import text_windows
 from results_file import ResultsFile, plot
+from text_training import train_on_text
 
 VARIANTS = {
     "channel": {},

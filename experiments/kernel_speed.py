@@ -28,9 +28,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from kernel_speed_report import GRADIENTS, plot, table
 
 from glax.errors import UserError, exit_code
+from kernel_speed_report import GRADIENTS, plot, table
 from kernels import gated_linear_attention
 from kernels.gla import api
 from provenance import provenance

@@ -28,14 +28,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from byte_text import VOCABULARY, ByteText, load_text, token_losses, window_loss
 from jaxtyping import Array, Float, Int
-from text_training import train_on_text
 
+from byte_text import VOCABULARY, ByteText, load_text, token_losses, window_loss
 from glax.errors import UserError, exit_code
 from glax.models import LanguageModel, ModelConfig
 from many_runs import text_windows
 from results_file import ResultsFile, plot
+from text_training import train_on_text
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,9 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from kernel_speed import compiled, copy_bytes_per_second, medians_ms
 
 from glax.errors import UserError, exit_code
+from kernel_speed import compiled, copy_bytes_per_second, medians_ms
 from kernels import gated_linear_attention, retention, selective_scan
 from provenance import provenance
 

@@ -7,9 +7,9 @@ from typing import NamedTuple, Protocol
 
 import jax.numpy as jnp
 import numpy as np
-from byte_text import ByteText
 from jaxtyping import Array, Float, Int
 
+from byte_text import ByteText
 from glax.models import ModelConfig
 from many_runs import ManyRuns, Training, turn
 

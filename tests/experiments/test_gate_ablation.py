@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+
 from gate_ablation import PAPER, VARIANTS, Arguments, main, model_config
 
 

@@ -3,8 +3,9 @@
 import json
 
 import jax
-import kernel_speed
 import pytest
+
+import kernel_speed
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="measures the CPU's cases")
 

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from byte_text import window_loss
 from flax import nnx
-from length_extrapolation import Arguments, main, model_config, parse, segment_loss
 
+from byte_text import window_loss
 from glax.models import LanguageModel, ModelConfig
+from length_extrapolation import Arguments, main, model_config, parse, segment_loss
 
 CONFIG = ModelConfig(
     vocab_size=19,

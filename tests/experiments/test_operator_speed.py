@@ -3,8 +3,9 @@
 import json
 
 import jax
-import operator_speed
 import pytest
+
+import operator_speed
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="measures the CPU's case")

@@ -4,12 +4,12 @@ import json
 
 import jax
 import pytest
-import throughput
-from throughput import Case, main, prepare
 
+import throughput
 from glax.models import PRESETS
 from glax.training.utilization import PEAK_FLOPS
 from step_profile import SCOPES, profile_by_part, scopes_of
+from throughput import Case, main, prepare
 
 
 def test_rows(tmp_path, monkeypatch, capsys):
