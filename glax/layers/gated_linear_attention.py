@@ -146,19 +146,10 @@ class GatedLinearAttention(nnx.Module):
             k = jnp.where(real[..., None, None], k, 0)
             log_alpha = jnp.where(real[..., None, None] if log_alpha.ndim == 4 else real[..., None], log_alpha, 0)
         operator = gated_linear_attention if self.gate == "channel" else retention
-        o = linear_attention(
-            operator,
-            q,
-            k,
-            v,
-            log_alpha,
-            initial_state=None if state is None else state.memory,
-            segment_ids=segment_ids,
-            return_final_state=state is not None,
-            implementation=self.implementation,
-        )
+        before = None if state is None else state.memory
+        options = {"segment_ids": segment_ids, "implementation": self.implementation}
+        o, memory = linear_attention(operator, q, k, v, log_alpha, state=before, **options)
         if state is not None:
-            o, memory = o
             state = GatedLinearAttentionState(memory, convolutions)
         return self._output(checkpoint_name(o, "token_mixing"), x), state
 

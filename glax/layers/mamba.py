@@ -100,26 +100,15 @@ class Mamba(nnx.Module):
         the new one is returned, else None. ``lengths``: tokens of each row that count for the new state; the rest of
         the row is padding.
         """
-        before = None if state is None else state.convolution
-        u, convolution = self.conv(self.in_proj(x), segment_ids=segment_ids, state=before, lengths=lengths)
+        memory, convolution = (None, None) if state is None else state
+        u, convolution = self.conv(self.in_proj(x), segment_ids=segment_ids, state=convolution, lengths=lengths)
         dt, b, c = self._selection(u)
         if lengths is not None:
             real = jnp.arange(x.shape[1]) < lengths[:, None]
             dt = jnp.where(real[..., None], dt, 0)  # a token that takes no time leaves the memory as it is
-        y = state_space(
-            u,
-            dt,
-            -jnp.exp(self.a_log[...]),
-            b,
-            c,
-            self.d[...],
-            initial_state=None if state is None else state.memory,
-            segment_ids=segment_ids,
-            return_final_state=state is not None,
-            implementation=self.implementation,
-        )
+        options = {"segment_ids": segment_ids, "implementation": self.implementation}
+        y, memory = state_space(u, dt, -jnp.exp(self.a_log[...]), b, c, self.d[...], state=memory, **options)
         if state is not None:
-            y, memory = y
             state = MambaState(memory, convolution)
         return self._output(checkpoint_name(y, "token_mixing"), x), state
 

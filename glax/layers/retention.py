@@ -101,19 +101,10 @@ class MultiScaleRetention(nnx.Module):
             real = (jnp.arange(x.shape[1]) < lengths[:, None])[..., None]
             # A token with a zero key that lets nothing decay leaves the memory as it is.
             k, log_gamma = jnp.where(real[..., None], k, 0), jnp.where(real, log_gamma, 0)
-        o = linear_attention(
-            retention,
-            q,
-            k,
-            v,
-            log_gamma,
-            initial_state=None if state is None else state.memory,
-            segment_ids=segment_ids,
-            return_final_state=state is not None,
-            implementation=self.implementation,
-        )
+        before = None if state is None else state.memory
+        options = {"segment_ids": segment_ids, "implementation": self.implementation}
+        o, memory = linear_attention(retention, q, k, v, log_gamma, state=before, **options)
         if state is not None:
-            o, memory = o
             state = RetentionState(memory, state.length + (x.shape[1] if lengths is None else lengths))
         return self._output(checkpoint_name(o, "token_mixing"), x), state
 

@@ -1,5 +1,6 @@
 """Token mixing where the sequence may be shared out over devices: plain calls where it is not, else shard by shard."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -32,26 +33,24 @@ def linear_attention(
     v: Float[Array, "B T G V"],
     log_decay: Float[Array, "..."],
     *,
-    initial_state: Float[Array, "B H K V"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
-    return_final_state: bool = False,
-    **options,
-) -> Float[Array, "B T H V"] | tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """``operator``, such as ``kernels.gated_linear_attention``, with its arguments."""
-    options["return_final_state"] = return_final_state
-    axis = sequence_axis()
-    if axis is None:
-        return operator(q, k, v, log_decay, initial_state=initial_state, segment_ids=segment_ids, **options)
+    state: Float[Array, "B H K V"] | None,
+    segment_ids: Int[Array, "B T"] | None,
+    implementation: str | None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"] | None]:
+    """o of ``operator``, such as ``kernels.gated_linear_attention``, and the new state where ``state`` is given."""
+    axis, options = sequence_axis(), {"return_final_state": state is not None, "implementation": implementation}
 
-    def shard(q, k, v, log_decay, initial_state, segment_ids):
-        states = {"initial_state": initial_state, "segment_ids": segment_ids}
-        return linear_attention_over(axis, operator, q, k, v, log_decay, **states, **options)
+    def shard(q, k, v, log_decay, state, segment_ids):
+        run = operator if axis is None else functools.partial(linear_attention_over, axis, operator)
+        return run(q, k, v, log_decay, initial_state=state, segment_ids=segment_ids, **options)
 
-    heads, groups, state = (*TOKENS, "heads", None), (*TOKENS, "kv_heads", None), ("batch", "heads", None, None)
-    decay = {4: groups, 3: (*TOKENS, "heads"), 1: ("heads",)}[log_decay.ndim]
-    outputs = (heads, state) if return_final_state else heads
-    run = _by_shard(shard, (heads, groups, groups, decay, state, TOKENS), outputs)
-    return run(q, k, v, log_decay, initial_state, segment_ids)
+    if axis is not None:
+        heads, groups, states = (*TOKENS, "heads", None), (*TOKENS, "kv_heads", None), ("batch", "heads", None, None)
+        decay = {4: groups, 3: (*TOKENS, "heads"), 1: ("heads",)}[log_decay.ndim]
+        outputs = heads if state is None else (heads, states)
+        shard = _by_shard(shard, (heads, groups, groups, decay, states, TOKENS), outputs)
+    o = shard(q, k, v, log_decay, state, segment_ids)
+    return (o, None) if state is None else o
 
 
 @jax.named_scope("operator")
@@ -63,26 +62,23 @@ def state_space(
     C: Float[Array, "B T N"],
     D: Float[Array, "E"],
     *,
-    initial_state: Float[Array, "B E N"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
-    return_final_state: bool = False,
-    **options,
-) -> Float[Array, "B T E"] | tuple[Float[Array, "B T E"], Float[Array, "B E N"]]:
-    """``kernels.selective_scan``, its channels along the logical axis "mlp"."""
-    options["return_final_state"] = return_final_state
-    axis = sequence_axis()
-    if axis is None:
-        states = {"initial_state": initial_state, "segment_ids": segment_ids}
-        return selective_scan(x, dt, A, B, C, D, **states, **options)
+    state: Float[Array, "B E N"] | None,
+    segment_ids: Int[Array, "B T"] | None,
+    implementation: str | None,
+) -> tuple[Float[Array, "B T E"], Float[Array, "B E N"] | None]:
+    """y of ``kernels.selective_scan``, with channels along the logical axis "mlp", and the new state as above."""
+    axis, options = sequence_axis(), {"return_final_state": state is not None, "implementation": implementation}
 
-    def shard(x, dt, A, B, C, D, initial_state, segment_ids):
-        states = {"initial_state": initial_state, "segment_ids": segment_ids}
-        return selective_scan_over(axis, x, dt, A, B, C, D, **states, **options)
+    def shard(x, dt, A, B, C, D, state, segment_ids):
+        run = selective_scan if axis is None else functools.partial(selective_scan_over, axis)
+        return run(x, dt, A, B, C, D, initial_state=state, segment_ids=segment_ids, **options)
 
-    channels, written, state = (*TOKENS, "mlp"), (*TOKENS, None), ("batch", "mlp", None)
-    inputs = (channels, channels, ("mlp", None), written, written, ("mlp",), state, TOKENS)
-    run = _by_shard(shard, inputs, (channels, state) if return_final_state else channels)
-    return run(x, dt, A, B, C, D, initial_state, segment_ids)
+    if axis is not None:
+        channels, written, states = (*TOKENS, "mlp"), (*TOKENS, None), ("batch", "mlp", None)
+        inputs = (channels, channels, ("mlp", None), written, written, ("mlp",), states, TOKENS)
+        shard = _by_shard(shard, inputs, channels if state is None else (channels, states))
+    y = shard(x, dt, A, B, C, D, state, segment_ids)
+    return (y, None) if state is None else y
 
 
 def convolution(
@@ -90,20 +86,26 @@ def convolution(
     weight: Float[Array, "C W"],
     *,
     axis: str | None,
-    bias: Float[Array, "C"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
-    **options,
-) -> Float[Array, "B T C"]:
-    """``kernels.short_convolution``, its channels along the logical ``axis``; a state keeps the sequence whole."""
+    bias: Float[Array, "C"] | None,
+    state: Float[Array, "B past C"] | None,
+    segment_ids: Int[Array, "B T"] | None,
+    lengths: Int[Array, "B"] | None,
+) -> tuple[Float[Array, "B T C"], Float[Array, "B past C"] | None]:
+    """y of ``kernels.short_convolution``, its channels along the logical ``axis``, and the new state as above.
+
+    A state, and lengths, keep the sequence whole.
+    """
     sequence = sequence_axis()
-    if sequence is None or any(value is not None and value is not False for value in options.values()):
-        return short_convolution(x, weight, bias=bias, segment_ids=segment_ids, **options)
+    if sequence is not None and state is None and lengths is None:
 
-    def shard(x, weight, bias, segment_ids):
-        return short_convolution_over(sequence, x, weight, bias=bias, segment_ids=segment_ids)
+        def shard(x, weight, bias, segment_ids):
+            return short_convolution_over(sequence, x, weight, bias=bias, segment_ids=segment_ids)
 
-    run = _by_shard(shard, ((*TOKENS, axis), (axis, None), (axis,), TOKENS), (*TOKENS, axis))
-    return run(x, weight, bias, segment_ids)
+        run = _by_shard(shard, ((*TOKENS, axis), (axis, None), (axis,), TOKENS), (*TOKENS, axis))
+        return run(x, weight, bias, segment_ids), None
+    options = {"segment_ids": segment_ids, "lengths": lengths, "return_final_state": state is not None}
+    y = short_convolution(x, weight, bias=bias, initial_state=state, **options)
+    return (y, None) if state is None else y
 
 
 def softmax_attention(
@@ -115,7 +117,6 @@ def softmax_attention(
     window: int | None,
 ) -> Float[Array, "B T H V"]:
     """``kernels.sequence_parallel.softmax_attention_over``; call it where ``sequence_axis()`` is not None."""
-
     axis = sequence_axis()
 
     def shard(q, k, v, segments):

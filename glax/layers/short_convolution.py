@@ -39,15 +39,7 @@ class ShortConvolution(nnx.Module):
         lengths: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T C"], Float[Array, "B past C"] | None]:
         """y, and the last tokens of each row for the tokens to come where ``state``, those before, is given."""
-        y = convolution(
-            x,
-            self.weight[...],
-            bias=None if self.bias is None else self.bias[...],
-            axis=self.axis,
-            initial_state=state,
-            segment_ids=segment_ids,
-            lengths=lengths,
-            return_final_state=state is not None,
-        )
-        y, state = (y, None) if state is None else y
+        bias = None if self.bias is None else self.bias[...]
+        options = {"axis": self.axis, "segment_ids": segment_ids, "lengths": lengths}
+        y, state = convolution(x, self.weight[...], bias=bias, state=state, **options)
         return jax.nn.silu(y), state
