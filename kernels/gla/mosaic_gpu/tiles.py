@@ -22,13 +22,19 @@ def is_wide(key_width: int, value_width: int) -> bool:
     return key_width == 256 or (key_width == 128 and value_width > 128)
 
 
-def wide_tiles(q_shape, v_shape) -> WideTiles:
-    """As many pieces as the card has multiprocessors for: a block of 128 rows of a state takes one."""
+def wide_pieces(q_shape, v_shape, shards: int) -> int:
+    """As many pieces as `shards` cards have multiprocessors for: a block of 128 rows of a state takes one."""
     (B, T, H, _), V = q_shape, v_shape[-1]
     walks, pieces, chunks = B * H * (V // 128), 1, T // CHUNK
-    while walks * pieces * 2 <= MULTIPROCESSORS and chunks % (pieces * 2) == 0 and chunks // (pieces * 2) >= 8:
+    while walks * pieces * 2 <= MULTIPROCESSORS * shards and chunks % (pieces * 2) == 0 and chunks // (pieces * 2) >= 8:
         pieces *= 2
-    prepared, finished = (_chunks_per_block(B * H, chunks, at_once=blocks) for blocks in (3, 2))
+    return pieces
+
+
+def wide_tiles(q_shape, pieces: int) -> WideTiles:
+    """Of one card's share."""
+    B, T, H, _ = q_shape
+    prepared, finished = (_chunks_per_block(B * H, T // CHUNK, at_once=blocks) for blocks in (3, 2))
     return WideTiles(pieces, prepared, finished)
 
 

@@ -1,11 +1,13 @@
 """Wide heads behind a custom derivative, on each device's share of the batch and the heads."""
 
 import functools
+import math
 
 import jax
+from jax.sharding import AxisType
 
 from ..partition import shard_over_batch_and_heads
-from .tiles import wide_tiles
+from .tiles import wide_pieces, wide_tiles
 from .wide import backward, forward
 
 INPUTS = {"q": "B T H K", "k": "B T G K", "v": "B T G V", "log_alpha": "B T G K"}
@@ -20,17 +22,19 @@ def attend(scale, return_final_state, interpret, q, k, v, log_alpha, initial_sta
 
 
 def _attend(scale, return_final_state, interpret, q, k, v, log_alpha, initial_state, documents):
-    """`wide.forward` per shard."""
+    """`wide.forward` per shard. How many pieces a sequence has is the same on all, since states between them are saved:
+    by the mesh in use, as if all its devices shared rows and heads."""
+    pieces = wide_pieces(q.shape, v.shape, _shards())
 
     def run(q, k, v, log_alpha, **optional):
-        tiles = wide_tiles(q.shape, v.shape)
+        tiles = wide_tiles(q.shape, pieces)
         found = forward(
             q, k, v, log_alpha, scale=scale, tiles=tiles, return_final_state=return_final_state, interpret=interpret,
             **optional,
         )  # fmt: skip
         return tuple(x for x in found if x is not None)
 
-    cut = wide_tiles(q.shape, v.shape).pieces > 1
+    cut = pieces > 1
     outputs = ["B T H V", *([STATE] if return_final_state else []), *(["B H N V K"] if cut else [])]
     arrays = {"q": q, "k": k, "v": v, "log_alpha": log_alpha, "initial_state": initial_state, "documents": documents}
     axes = INPUTS | {"initial_state": STATE, "documents": "B T"}
@@ -46,9 +50,10 @@ def _attend_forward(scale, return_final_state, interpret, *inputs):
 def _attend_backward(scale, return_final_state, interpret, residuals, cotangents):
     (q, k, v, log_alpha, initial_state, documents), entering, final_state = residuals
     do, final_gradient = cotangents
+    pieces = 1 if entering is None else entering.shape[2]
 
     def run(q, k, v, log_alpha, do, **optional):
-        tiles, G = wide_tiles(q.shape, v.shape), k.shape[2]
+        tiles, G = wide_tiles(q.shape, pieces), k.shape[2]
         dq, dk, dg, dv, d_initial = backward(
             q, k, v, log_alpha, do, scale=scale, tiles=tiles, interpret=interpret, **optional
         )
@@ -67,6 +72,14 @@ def _attend_backward(scale, return_final_state, interpret, residuals, cotangents
 
 
 attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _shards() -> int:
+    """Devices of the mesh in use over which arrays may be shared out by the compiler."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(
+        size for size, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True) if kind != AxisType.Manual
+    )
 
 
 def _sharded(run, arrays, axes, outputs, interpret):

@@ -15,7 +15,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels.gla import mosaic_gpu
 from kernels.gla.mosaic_gpu import forward, forward_tiers, operator, wide_operator
 from kernels.gla.mosaic_gpu.pieces import Cut
-from kernels.gla.mosaic_gpu.wide import WideTiles
 
 pytestmark = [
     pytest.mark.skipif(jax.default_backend() != "cpu", reason="the interpreter runs on CPU"),
@@ -145,7 +144,7 @@ def test_sequence_in_two_pieces(gla, run, monkeypatch, shape, cut, gates, segmen
 
 
 def test_sequence_of_a_wide_head_in_two_pieces(gla, run, monkeypatch):
-    monkeypatch.setattr(wide_operator, "wide_tiles", lambda *shapes: WideTiles(pieces=2))
+    monkeypatch.setattr(wide_operator, "wide_pieces", lambda *shapes: 2)
     inputs = make_inputs(gla, "padded widths, two value blocks", "wild", "sorted")
     gla.check(inputs, run(inputs, pieces=2), "bfloat16")
 

@@ -110,14 +110,14 @@ def compile_for_h200(shape, everything=False):
 def distinct_kernels():
     """Of the shapes, those with kernels of their own: B, T, H, and how many blocks and pieces, are numbers in them."""
     from kernels.gla.mosaic_gpu.pieces import WHOLE
-    from kernels.gla.mosaic_gpu.tiles import backward_tiles, forward_tiles, is_wide, wide_tiles
+    from kernels.gla.mosaic_gpu.tiles import backward_tiles, forward_tiles, is_wide, wide_pieces
 
     cases = {}
     for name, (B, T, H, K, V) in SHAPES.items():
         q, v = (B, T, H, K), (B, T, H, V)
         tiles = [of(q, v) for of in (forward_tiles, backward_tiles)]
         tiles = [x if x.cut.shorter else dataclasses.replace(x, cut=WHOLE) for x in tiles]
-        cut = wide_tiles(q, v).pieces > 1
+        cut = wide_pieces(q, v, 1) > 1
         cases.setdefault((K, V, cut) if is_wide(K, V) else (K, *tiles), name)
     return list(cases.values())
 
@@ -148,7 +148,7 @@ def test_compiles_with_everything(V):
 
 
 MESH = """
-import sys
+import json, sys
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
@@ -156,23 +156,26 @@ from kernels.gla.mosaic_gpu import gated_linear_attention
 
 topology = topologies.get_topology_desc(platform="cuda", target_config=open(sys.argv[1]).read(), topology="1x2x1")
 sharding = NamedSharding(topologies.make_mesh(topology, (2,), ("data",)), PartitionSpec(None, "data"))
-x = jax.ShapeDtypeStruct((3, 2, 64, 1, 64), jnp.bfloat16, sharding=sharding)
+T, H, K, V = json.loads(sys.argv[2])
+q, v = (jax.ShapeDtypeStruct((3, 2, T, H, width), jnp.bfloat16, sharding=sharding) for width in (K, V))
 
 def forward_and_backward(do, *inputs):
     call = jax.vmap(lambda *inputs: gated_linear_attention(*inputs, scale=0.125))
     o, vjp = jax.vjp(call, *inputs)
     return o, *vjp(do)
 
-print(jax.jit(forward_and_backward).lower(*[x] * 5).compile().as_text())
+print(jax.jit(forward_and_backward).lower(v, q, q, v, q).compile().as_text())
 """
 
 
-def test_compiles_for_shares_of_a_batch():
-    """On two GPUs, vmapped: each walks its own rows, and nothing is gathered."""
+@pytest.mark.parametrize("T, H, K, V", [(64, 1, 64, 64), (1024, 16, 128, 256)], ids=["narrow", "wide"])
+def test_compiles_for_shares_of_a_batch(T, H, K, V):
+    """On two GPUs, vmapped: each walks its own rows, and nothing is gathered. The wide heads are cut into pieces, as
+    three times the rows, which a device has, would not be."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", MESH, str(TARGET)]
+    command = [sys.executable, "-c", MESH, str(TARGET), json.dumps([T, H, K, V])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     program = done.stdout
     assert "gather" not in program and "all-reduce" not in program
-    assert "bf16[1,3,64,1,64]" in program  # dq of a device's share: a row of each of three vmapped calls
+    assert f"bf16[1,3,{T},{H},{K}]" in program  # dq of a device's share: a row of each of three vmapped calls
