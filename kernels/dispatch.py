@@ -8,11 +8,13 @@ argument it cannot run and why.
 
 import importlib
 import math
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)  # float64, under x64, makes "reference" the oracle
 
@@ -90,6 +92,38 @@ def vary_alike(*arrays):
         jax.lax.pcast(x, tuple(everywhere - varies[i]), to="varying") if everywhere - varies.get(i, everywhere) else x
         for i, x in enumerate(arrays)
     ]
+
+
+def run_with_auto_axes(call: Callable, arrays: Sequence, inputs: Sequence[str], outputs: Sequence[str]) -> Any:
+    """`call(*arrays)`, on a mesh of any kind; None among the arrays stays None.
+
+    Explicit axes, jax.make_mesh's default, are part of an array's type, and would ask of every operation inside how its
+    result is sharded. They are the compiler's inside, and results have them again: `inputs` and `outputs` name the axes
+    of each array, one of a result is sharded as the first argument that has one of its name, and "." is not sharded.
+    """
+    named, mesh = {}, None
+    for x, axes in zip(arrays, inputs, strict=True):
+        if x is not None and (sharding := jax.typeof(x).sharding).mesh.explicit_axes:
+            mesh = sharding.mesh
+            for name, over in zip(axes.split(), sharding.spec, strict=True):
+                named.setdefault(name, over)
+    if mesh is None:
+        return call(*arrays)
+    shardings = [NamedSharding(mesh, PartitionSpec(*map(named.get, axes.split()))) for axes in outputs]
+    shardings = tuple(shardings) if len(shardings) > 1 else shardings[0]
+    return jax.sharding.auto_axes(call, axes=mesh.explicit_axes, out_sharding=shardings)(*arrays)
+
+
+def with_auto_mesh(call: Callable) -> Callable:
+    """`call`, for a shard of a custom_partitioning: traced where no axis of the mesh in use is explicit."""
+
+    def traced(*shards):
+        mesh = jax.sharding.get_abstract_mesh()
+        auto = mesh.update_axis_types(dict.fromkeys(mesh.explicit_axes, AxisType.Auto))
+        with jax.sharding.use_abstract_mesh(auto):
+            return call(*shards)
+
+    return traced
 
 
 def checked_scale(scale, key_width: int) -> float:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ..dispatch import vary_alike
+from ..dispatch import run_with_auto_axes, vary_alike
 from .partition import shard_over_tokens_and_vocabulary
 
 
@@ -36,7 +36,8 @@ def softmax_cross_entropy(
         )
     if block < 1:
         raise ValueError(f"block: got {block}, wanted at least 1")
-    return _cross_entropy(-(-tokens // block), *vary_alike(hidden, unembedding, targets))
+    run = functools.partial(_cross_entropy, -(-tokens // block))
+    return run_with_auto_axes(run, vary_alike(hidden, unembedding, targets), ["N D", "D vocab", "N"], ["N"])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -6,6 +6,8 @@ import jax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ..dispatch import with_auto_mesh
+
 
 def shard_over_tokens_and_vocabulary(fn: Callable, rule: str) -> Callable:
     """`fn(*arrays, token_axes, vocab_axes)`, run per shard of the axes n and v of `rule`, such as "n d, d v -> n d".
@@ -27,7 +29,7 @@ def shard_over_tokens_and_vocabulary(fn: Callable, rule: str) -> Callable:
         def run(*shards):
             return fn(*shards, token_axes=token_axes, vocab_axes=vocab_axes)
 
-        return mesh, run, tuple(map(sharding, outputs)), tuple(map(sharding, inputs))
+        return mesh, with_auto_mesh(run), tuple(map(sharding, outputs)), tuple(map(sharding, inputs))
 
     call.def_partition(partition, sharding_rule=rule, need_replication_factors=("d",))
     return jax.custom_batching.sequential_vmap(call)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from .. import dispatch
-from ..dispatch import Choice, check_array, checked_scale, vary_alike
+from ..dispatch import Choice, check_array, checked_scale, run_with_auto_axes, vary_alike
 from . import recurrence
 
 IMPLEMENTATIONS = {  # as `kernels.dispatch` says
@@ -53,10 +53,14 @@ def gated_linear_attention(
     scale = checked_scale(scale, q.shape[-1])
     options = {"initial_state": initial_state, "segment_ids": segment_ids, "return_final_state": return_final_state}
     module = dispatch.module_for(implementation, IMPLEMENTATIONS, q, k, v, log_alpha, **options)
-    options["initial_state"], options["segment_ids"], q, k, v, log_alpha = vary_alike(
-        initial_state, segment_ids, q, k, v, log_alpha
-    )
-    return module.gated_linear_attention(q, k, v, log_alpha, scale=scale, **options)
+
+    def run(q, k, v, log_alpha, initial_state, segment_ids):
+        states = {"initial_state": initial_state, "segment_ids": segment_ids, "return_final_state": return_final_state}
+        return module.gated_linear_attention(q, k, v, log_alpha, scale=scale, **states)
+
+    arrays = vary_alike(q, k, v, log_alpha, initial_state, segment_ids)
+    outputs = ["B T H .", "B H . ."] if return_final_state else ["B T H ."]
+    return run_with_auto_axes(run, arrays, ["B T H K", "B T G K", "B T G V", "B T G K", "B H K V", "B T"], outputs)
 
 
 def choose(q, k, v, log_alpha, *, initial_state=None, segment_ids=None, return_final_state=False) -> Choice:

@@ -11,6 +11,8 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ..dispatch import with_auto_mesh
+
 
 def shard_over_batch_and_heads(fn: Callable, inputs: Sequence[str], outputs: Sequence[str]) -> Callable:
     """A function like `fn`, run per shard.
@@ -40,7 +42,7 @@ def shard_over_batch_and_heads(fn: Callable, inputs: Sequence[str], outputs: Seq
             parts = zip(fn(*arrays), outputs, strict=True)
             return tuple(x if heads is None or {"H", "G"} & set(axes) else jax.lax.psum(x, heads) for x, axes in parts)
 
-        return mesh, shard, tuple(map(sharding, outputs)), tuple(map(sharding, inputs))
+        return mesh, with_auto_mesh(shard), tuple(map(sharding, outputs)), tuple(map(sharding, inputs))
 
     partitioned.def_partition(partition, sharding_rule=lambda mesh, arrays, results: _rule(inputs, outputs, arrays))
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from .. import dispatch
-from ..dispatch import Choice, check_array, checked_scale, vary_alike
+from ..dispatch import Choice, check_array, checked_scale, run_with_auto_axes, vary_alike
 from ..gla.recurrence import state_dtype
 from . import recurrence
 
@@ -55,10 +55,15 @@ def retention(
     scale = checked_scale(scale, q.shape[-1])
     options = {"initial_state": initial_state, "segment_ids": segment_ids, "return_final_state": return_final_state}
     module = dispatch.module_for(implementation, IMPLEMENTATIONS, q, k, v, log_gamma, **options)
-    options["initial_state"], options["segment_ids"], q, k, v, log_gamma = vary_alike(
-        initial_state, segment_ids, q, k, v, log_gamma
-    )
-    return module.retention(q, k, v, jnp.broadcast_to(log_gamma, q.shape[:3]), scale=scale, **options)
+
+    def run(q, k, v, log_gamma, initial_state, segment_ids):
+        states = {"initial_state": initial_state, "segment_ids": segment_ids, "return_final_state": return_final_state}
+        return module.retention(q, k, v, jnp.broadcast_to(log_gamma, q.shape[:3]), scale=scale, **states)
+
+    arrays = vary_alike(q, k, v, log_gamma, initial_state, segment_ids)
+    decays = "H" if log_gamma.ndim == 1 else "B T H"
+    outputs = ["B T H .", "B H . ."] if return_final_state else ["B T H ."]
+    return run_with_auto_axes(run, arrays, ["B T H K", "B T H K", "B T H V", decays, "B H K V", "B T"], outputs)
 
 
 def choose(q, k, v, log_gamma, *, initial_state=None, segment_ids=None, return_final_state=False) -> Choice:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from .. import dispatch
-from ..dispatch import Choice, check_array, vary_alike
+from ..dispatch import Choice, check_array, run_with_auto_axes, vary_alike
 from ..gla.recurrence import state_dtype
 from . import recurrence
 
@@ -57,10 +57,14 @@ def selective_scan(
     _check(x, dt, A, B, C, D, initial_state, segment_ids)
     options = {"initial_state": initial_state, "segment_ids": segment_ids, "return_final_state": return_final_state}
     module = dispatch.module_for(implementation, IMPLEMENTATIONS, x, dt, A, B, C, D, **options)
-    options["initial_state"], options["segment_ids"], x, dt, A, B, C, D = vary_alike(
-        initial_state, segment_ids, x, dt, A, B, C, D
-    )
-    return module.selective_scan(x, dt, A, B, C, D, **options)
+
+    def run(x, dt, A, B, C, D, initial_state, segment_ids):
+        states = {"initial_state": initial_state, "segment_ids": segment_ids, "return_final_state": return_final_state}
+        return module.selective_scan(x, dt, A, B, C, D, **states)
+
+    arrays = vary_alike(x, dt, A, B, C, D, initial_state, segment_ids)
+    inputs = ["B T E", "B T E", "E N", "B T N", "B T N", "E", "B E N", "B T"]
+    return run_with_auto_axes(run, arrays, inputs, ["B T E", "B E ."] if return_final_state else ["B T E"])
 
 
 def choose(x, dt, A, B, C, D, *, initial_state=None, segment_ids=None, return_final_state=False) -> Choice:

@@ -1,7 +1,11 @@
 """The causal depthwise convolution that linear attention layers put before their queries, keys and values."""
 
+import functools
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from ..dispatch import run_with_auto_axes
 
 
 def short_convolution(
@@ -35,6 +39,13 @@ def short_convolution(
       ValueError: a wrong shape; the message gives argument, got, and wanted.
     """
     _check(x, weight, bias, initial_state, segment_ids, lengths)
+    run = functools.partial(_convolve, return_final_state=return_final_state)
+    arrays = (x, weight, bias, initial_state, segment_ids, lengths)
+    inputs = ["B T C", "C W", "C", "B W C", "B T", "B"]
+    return run_with_auto_axes(run, arrays, inputs, ["B T C", "B . C"] if return_final_state else ["B T C"])
+
+
+def _convolve(x, weight, bias, initial_state, segment_ids, lengths, *, return_final_state):
     batch, length, channels = x.shape
     width = weight.shape[1]
     if initial_state is None:

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kernels import gated_linear_attention
+from kernels.dispatch import run_with_auto_axes
 from kernels.gla import recurrence
 from kernels.gla.partition import shard_over_batch_and_heads
 
@@ -185,3 +186,15 @@ class TestShardOverBatchAndHeads:
         out_specs = (partition[0], partition[4])
         sharded = jax.shard_map(wrapped, mesh=mesh, in_specs=partition, out_specs=out_specs, check_vma=check_vma)
         self.check(jax.jit(gradients(sharded, True))(*arrays), jax.jit(gradients(plain, True))(*arrays))
+
+    def test_explicit_axes(self, gla, mesh, plain, wrapped, seen):
+        """jax.make_mesh's default: the entry leaves them to the compiler, and a shard is traced without them."""
+        inputs = make(gla, 2, segments=True, state=True)
+        mesh = mesh.update(axis_types=(AxisType.Explicit,) * 3)
+        arrays = place(mesh, inputs, specs(inputs))
+        call = lambda *x: run_with_auto_axes(wrapped, x, self.INPUTS, ["B T H .", "B H . ."])  # noqa: E731
+        with jax.set_mesh(mesh):
+            compiled = jax.jit(gradients(call, True)).lower(*arrays).compile()
+        assert not COLLECTIVE.search(compiled.as_text())
+        assert seen[-1] == (2, 70, 2, 4)
+        self.check(compiled(*arrays), jax.jit(gradients(plain, True))(*inputs.differentiable, inputs.segment_ids))
