@@ -1,12 +1,8 @@
 """The model of a run, from its folder alone."""
 
 import dataclasses
-import json
 import logging
-import types
-import typing
 from pathlib import Path
-from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
@@ -14,6 +10,7 @@ from orbax.checkpoint import v1 as ocp
 from glax.errors import UserError
 from glax.models import LanguageModel
 from glax.training.config import TrainConfig
+from glax.training.run_folder import read_run_config
 from glax.training.sharding import make_mesh, use_mesh
 from glax.training.state import plan_state
 
@@ -53,26 +50,3 @@ def restore_run(folder: str | Path, step: int | None = None) -> tuple[LanguageMo
                 problem = error
     reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0][:200]
     raise UserError(f"no checkpoint in {folder} can be read ({reason})") from problem
-
-
-def read_run_config(folder: Path) -> TrainConfig:
-    """config.json of a run. Raises UserError where it is none, or has fields that are not known now."""
-    path = folder / "config.json"
-    try:
-        return _built(TrainConfig, json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is no config of a run ({error}): give a run folder") from error
-
-
-def _built(kind: type, values: dict[str, Any]):
-    """A dataclass from its fields as JSON has them."""
-    hints = typing.get_type_hints(kind)
-    return kind(**{name: _value(hints.get(name), value) for name, value in values.items()})
-
-
-def _value(hint, value):
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return _built(hint, value)
-    if typing.get_origin(hint) in (typing.Union, types.UnionType) and isinstance(value, dict):
-        return _value(next(part for part in typing.get_args(hint) if dataclasses.is_dataclass(part)), value)
-    return tuple(value) if isinstance(value, list) else value

@@ -5,6 +5,8 @@ import dataclasses
 import fcntl
 import json
 import os
+import types
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,9 +56,12 @@ def check_same_run(folder: Path, config: TrainConfig) -> None:
         saved = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({error}): mend it or choose another run name") from error
+    there = _flat(saved)
+    with contextlib.suppress(UserError):  # a run of later code, whose fields are named below
+        there = _flat(_as_json(read_run_config(folder))) | there
     differing = [
         f"{name} is {json.dumps(before)} there and {json.dumps(now)} here"
-        for name, before, now in _differences(_flat(saved), _flat(_as_json(config)))
+        for name, before, now in _differences(there, _flat(_as_json(config)))
         if name not in OPERATIONAL
     ]
     if differing:
@@ -64,6 +69,18 @@ def check_same_run(folder: Path, config: TrainConfig) -> None:
             f"the run folder {folder} holds a run of another config: {'; '.join(differing)}. Choose another run name "
             "or restore these settings"
         )
+
+
+def read_run_config(folder: Path) -> TrainConfig:
+    """config.json of a run; fields that were not known when it began have their defaults.
+
+    Raises UserError where it is none, or has fields that are not known now.
+    """
+    path = folder / "config.json"
+    try:
+        return _built(TrainConfig, json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is no config of a run ({error}): give a run folder") from error
 
 
 @contextlib.contextmanager
@@ -91,6 +108,20 @@ def owned(folder: Path, config: TrainConfig) -> Iterator[None]:
 
 def _as_json(config: TrainConfig) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _built(kind: type, values: dict[str, Any]):
+    """A dataclass from its fields as JSON has them."""
+    hints = typing.get_type_hints(kind)
+    return kind(**{name: _value(hints.get(name), value) for name, value in values.items()})
+
+
+def _value(hint, value):
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return _built(hint, value)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType) and isinstance(value, dict):
+        return _value(next(part for part in typing.get_args(hint) if dataclasses.is_dataclass(part)), value)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

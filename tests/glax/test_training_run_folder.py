@@ -26,6 +26,21 @@ def test_another_config_is_refused_by_field(tiny_config, tmp_path):
         check_same_run(tmp_path / "run", other)
 
 
+def test_a_field_that_came_after_a_run_began(tiny_config, tmp_path):
+    """It has its default there; one that has gone since is another config."""
+    config = tiny_config()
+    path = tmp_path / "config.json"
+    saved = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert saved["model"].pop("attention_window") is None and saved.pop("seed") == 0
+    path.write_text(json.dumps(saved))
+    check_same_run(tmp_path, config)
+    with pytest.raises(UserError, match=r"config: seed is 0 there and 7 here\."):
+        check_same_run(tmp_path, dataclasses.replace(config, seed=7))
+    path.write_text(json.dumps(saved | {"dropout": 0.1}))
+    with pytest.raises(UserError, match=r"dropout is 0\.1 there and null here"):
+        check_same_run(tmp_path, config)
+
+
 def test_a_folder_of_something_else_is_refused(tiny_config, tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(UserError, match=r"thesis\.tex but no config\.json"):
