@@ -212,24 +212,24 @@ def efficiency_of(row: Row, rows: list[Row]) -> tuple[float, float] | None:
 
 def draw(rows: list[Row], axes) -> None:
     left, right = axes
-    for model in dict.fromkeys(row["model"] for row in rows):
+    for number, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
+        color = f"C{number}"
         weak = sorted((row["gpus"], *efficiency_of(row, rows)) for row in rows
                       if row["model"] == model and efficiency_of(row, rows) is not None)  # fmt: skip
-        if len(weak) < 2:
-            weak = []
-        gpus, without, overlapped = zip(*weak, strict=True) if weak else ((), (), ())
-        (line,) = left.plot(gpus, [100 * x for x in overlapped], marker="o", label=model if weak else None)
-        left.fill_between(
-            gpus, [100 * x for x in without], [100 * x for x in overlapped], color=line.get_color(), alpha=0.2
-        )
+        if len(weak) > 1:
+            gpus, without, overlapped = zip(*weak, strict=True)
+            left.plot(gpus, [100 * x for x in overlapped], marker="o", color=color, label=model)
+            left.fill_between(gpus, [100 * x for x in without], [100 * x for x in overlapped], color=color, alpha=0.2)
         for count, marker in ((1, "s"), (8, "o"), (64, "^")):
             chosen = [row for row in rows if row["model"] == model and row["gpus"] == count]
             points = sorted((row["length"], row["memory_bytes"] / 1e9) for row in chosen)
             if points:
-                right.plot(*zip(*points, strict=True), marker=marker, color=line.get_color(), label=f"{model}, {count}")
-    left.set(xscale="log", xlabel="GPUs", ylabel="weak scaling, % of one GPU", ylim=(0, 105), title="2 K tokens a row")
+                right.plot(*zip(*points, strict=True), marker=marker, color=color, label=f"{model}, {count}")
+    left.set(xscale="log", xlabel="GPUs", ylabel="weak scaling, % of one GPU", xlim=(0.8, 80), ylim=(0, 105))
+    left.set_title("2 K tokens a row")
     left.set_xticks([1, 8, 64], ["1", "8", "64"])
-    left.legend(title="line: overlapped; band: to not at all", fontsize=7, title_fontsize=7)
+    if left.lines:
+        left.legend(title="line: overlapped; band: to not at all", fontsize=7, title_fontsize=7)
     for name, size in MEMORY.items():
         right.axhline(size / 1e9, color="gray", linestyle="--", linewidth=0.8)
         right.text(2 * K, size / 1e9, name, fontsize=7, va="bottom")
