@@ -20,14 +20,6 @@ settings.register_profile("glax", derandomize=True, deadline=None, print_blob=Tr
 settings.load_profile("glax")
 
 
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One for each CPU, at most four, which take 2 GiB each; tests of one file, and those on a GPU, need no workers."""
-    files = {argument.split("::")[0] for argument in config.args}
-    if os.environ["JAX_PLATFORMS"] != "cpu" or (len(files) == 1 and files.pop().endswith(".py")):
-        return 0
-    return min(4, os.cpu_count() or 1)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def few_optimizations(request: pytest.FixtureRequest):
     """Programs run once or twice here, so what is spent on making them fast is not won back.
