@@ -40,6 +40,7 @@ PAIR = channel_sums.TOKENS
 PAIRS = CHUNK // PAIR
 assert PAIRS == channel_sums.COLUMNS
 STAGES = 2
+LINE = 128 // 4  # numbers in a line of shared memory
 SWIZZLED = plgpu.TilingTransform((8, STATES)), plgpu.SwizzleTransform(4 * STATES)  # rows of states, no bank conflicts
 
 
@@ -83,7 +84,8 @@ def backward(x, dt, A, B, C, D, dy, states, *, final_gradient=None, starts=None,
             plgpu.copy_gmem_to_smem(B_g.at[row, tokens], B_s.at[slot], arrived.at[slot])
             plgpu.copy_gmem_to_smem(C_g.at[row, tokens], C_s.at[slot], arrived.at[slot])
             if packed:
-                plgpu.copy_gmem_to_smem(starts_g.at[row, tokens], starts_s.at[slot], arrived.at[slot])
+                starts_of_tile = starts_s.at[slot, pl.ds(0, CHUNK)]
+                plgpu.copy_gmem_to_smem(starts_g.at[row, tokens], starts_of_tile, arrived.at[slot])
 
         plgpu.copy_gmem_to_smem(ones_g, sums_s[1], ones_arrived)
         for step in range(min(STAGES, chunks)):
@@ -181,7 +183,7 @@ def backward(x, dt, A, B, C, D, dy, states, *, final_gradient=None, starts=None,
         plgpu.Barrier(),
         channel_sums.shared(limbs, interpreted),
     ]
-    scratch += [plgpu.SMEM((STAGES, CHUNK), F32)] if packed else []
+    scratch += [plgpu.SMEM((STAGES, LINE), F32)] if packed else []  # TMA writes from whole lines on
     operands = [x, dt, A, B, C, D, dy, states, channel_sums.matrices()]
     operands += [final_gradient] if has_final else []
     operands += [starts] if packed else []
