@@ -5,10 +5,11 @@ selective scan stands beside the floor (and beside jax-linear-attention's `mamba
 retention beside gated linear attention at the same shape. A case that fails is a row with its error.
 
 Time is the median over rounds in which all implementations of a case take turns. Forward + backward returns the output
-and every gradient for a given gradient of the output. Memory is temporaries and outputs, from the compiled program's
-account. The floor reads each input once and writes each output once at the device's copy speed; for the scan it is also
-the time that its exponentials take, 16 per clock and multiprocessor, one per state and token forward and two backward.
-Errors are relative RMS, of the first tokens of one row, against the recurrence in float64 on the same inputs.
+and every gradient for a given gradient of the output; with "fixed decays", as RetNet has them, none of the decays.
+Memory is temporaries and outputs, from the compiled program's account. The floor reads each input once and writes each
+output once at the device's copy speed; for the scan it is also the time that its exponentials take, 16 per clock and
+multiprocessor, one per state and token forward and two backward. Errors are relative RMS, of the first tokens of one
+row, against the recurrence in float64 on the same inputs.
 """
 
 import dataclasses
@@ -99,6 +100,7 @@ class Retention:
     def operators(self, peers):
         """Name to call(q, k, v, log_gamma)."""
         ours = {name: functools.partial(retention, implementation=name) for name in ("mosaic_gpu", "xla")}
+        ours |= {f"{name} fixed decays": functools.partial(_fixed_decays, name) for name in ours}
         return ours | {f"gla {name}": functools.partial(_gla, name) for name in ("mosaic_gpu", "xla")}
 
     def recurrence(self, *arguments):
@@ -156,6 +158,11 @@ def _jla_mamba1(x, dt, A, B, C, D):
     from jla.ops import linear_attention
 
     return linear_attention("mamba1", C, B, x, dt=dt, a=A, d=D, impl="auto")[0]
+
+
+def _fixed_decays(implementation, q, k, v, log_gamma):
+    """Retention as RetNet has it: nothing asks for the gradient of decays, which is 0 here."""
+    return retention(q, k, v, jax.lax.stop_gradient(log_gamma), implementation=implementation)
 
 
 def _gla(implementation, q, k, v, log_gamma):
@@ -219,7 +226,7 @@ def measure_case(name: str, arguments: Arguments, copy_speed: float) -> list[dic
                 program = compiled(call, inputs, of)
                 row[f"{part}_first_call_s"], row[f"{part}_mib"] = program.first_call_s, program.memory_mib
                 programs[label, part] = program.run
-            if arguments.tokens_checked and not label.startswith(("gla", "jla")):
+            if arguments.tokens_checked and not label.startswith(("gla", "jla")) and "fixed" not in label:
                 row.update(accuracy(case, programs[label, "both"], inputs, d_output, arguments.tokens_checked))
 
         attempt(row, prepare)

@@ -11,10 +11,11 @@ import operator_speed
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="measures the CPU's case")
 def test_rows(tmp_path):
     flags = ["--cases", "cpu_retention", "--rounds", "1", "--tokens-checked", "64", "--results", str(tmp_path)]
-    assert operator_speed.main([*flags, "--implementations", "xla,mosaic_gpu", "--name", "run"]) == 0
+    assert operator_speed.main([*flags, "--implementations", "xla,xla fixed decays,mosaic_gpu", "--name", "run"]) == 0
     rows = {row["implementation"]: row for row in json.loads((tmp_path / "run.json").read_text())["rows"]}
     assert max(rows["xla"]["errors"].values()) < 2e-5 and rows["xla"]["causal"] and rows["xla"]["same_bits"]
-    assert rows["xla"]["both_ms"] > 0
+    assert rows["xla"]["both_ms"] > 0 and rows["xla fixed decays"]["both_ms"] > 0
+    assert rows["xla fixed decays"]["both_mib"] < rows["xla"]["both_mib"]  # nothing is kept for the decays' gradient
     assert rows["mosaic_gpu"]["error"].startswith("NotImplementedError") and "both_ms" not in rows["mosaic_gpu"]
     assert "| cpu_retention (2, 256, 2, 32, 32) | xla | " in (tmp_path / "run.md").read_text()
 
