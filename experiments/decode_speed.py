@@ -26,6 +26,7 @@ from glax.errors import UserError, exit_code
 from glax.inference import Sampling, advance, start
 from glax.models import PRESETS, Decoder, LanguageModel, cast, decoder
 from provenance import provenance
+from results_file import make_folder
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -165,7 +166,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         raise UserError(f"--preset: {preset} is not one of {', '.join(PRESETS)}")
     default = f"{jax.devices()[0].device_kind}-{preset}".lower().replace(" ", "-")
     path = arguments.results / f"{arguments.name or default}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     copy_speed = copy_bytes_per_second(arguments.rounds)
     content = {
         "ran_on": provenance(),

@@ -34,6 +34,7 @@ from kernel_speed_report import GRADIENTS, plot, table
 from kernels import gated_linear_attention
 from kernels.gla import api
 from provenance import provenance
+from results_file import make_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,6 +325,9 @@ def run(argv: list[str]) -> None:
     on_cpu = jax.default_backend() == "cpu"
     named = arguments.cases.split(",") if arguments.cases else [c for c in CASES if c.startswith("cpu") == on_cpu]
     _check(arguments, named)
+    default_name = f"{jax.devices()[0].device_kind}-{arguments.gates}-{arguments.packed}".lower().replace(" ", "-")
+    stem = arguments.results / (arguments.name or default_name)
+    make_folder(stem)
     copy_speed = copy_bytes_per_second(arguments.rounds)
     content = {
         "ran_on": provenance(),
@@ -335,9 +339,6 @@ def run(argv: list[str]) -> None:
         "shapes": {name: dataclasses.asdict(CASES[name]) for name in named},
         "rows": [],
     }
-    default_name = f"{jax.devices()[0].device_kind}-{arguments.gates}-{arguments.packed}".lower().replace(" ", "-")
-    stem = arguments.results / (arguments.name or default_name)
-    arguments.results.mkdir(parents=True, exist_ok=True)
     for position, name in enumerate(named, 1):
         print(f"{position}/{len(named)} {name}", file=sys.stderr, flush=True)
         content["rows"] += measure_case(name, arguments, copy_speed)

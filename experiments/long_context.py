@@ -22,6 +22,7 @@ from glax.training.loop import plan_and_trace
 from glax.training.sharding import check_divisible, make_mesh, place_batch, use_mesh
 from glax.training.utilization import peak_flops
 from provenance import provenance
+from results_file import make_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Arguments:
 
 def run(argv: list[str]) -> None:
     arguments = tyro.cli(Arguments, args=argv, description=__doc__)
+    make_folder(arguments.results)
     on_gpu = jax.default_backend() == "gpu"
     preset = arguments.preset or ("gla-340m" if on_gpu else "gla-tiny")
     length = arguments.length or (262144 if on_gpu else 4096)
@@ -91,7 +93,6 @@ def run(argv: list[str]) -> None:
         + planned.output_size_in_bytes - planned.alias_size_in_bytes,
         "peak_bytes_in_use": (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
     }  # fmt: skip
-    arguments.results.parent.mkdir(parents=True, exist_ok=True)
     arguments.results.write_text(json.dumps(result, indent=1) + "\n")
     print(
         f"{preset} at {length:,} tokens: {speed:,.0f} tokens/s, MFU {result['mfu']}, compiled for "

@@ -29,6 +29,7 @@ from glax.errors import UserError, exit_code
 from kernel_speed import compiled, copy_bytes_per_second, medians_ms
 from kernels import gated_linear_attention, retention, selective_scan
 from provenance import provenance
+from results_file import make_folder
 
 EXPONENTIALS_PER_SECOND = {"NVIDIA H200": 132 * 16 * 1.755e9}  # multiprocessors, per clock, clocks while measuring
 
@@ -274,6 +275,8 @@ def run(argv: list[str]) -> None:
             raise UserError(f"--cases: {name} is not one of {', '.join(CASES)}")
     if arguments.rounds < 1:
         raise UserError(f"--rounds {arguments.rounds}: give at least 1")
+    stem = arguments.results / (arguments.name or jax.devices()[0].device_kind.lower().replace(" ", "-"))
+    make_folder(stem)
     copy_speed = copy_bytes_per_second(arguments.rounds)
     content = {
         "ran_on": provenance(),
@@ -282,8 +285,6 @@ def run(argv: list[str]) -> None:
         "shapes": {name: dataclasses.asdict(CASES[name]) for name in named},
         "rows": [],
     }
-    stem = arguments.results / (arguments.name or jax.devices()[0].device_kind.lower().replace(" ", "-"))
-    arguments.results.mkdir(parents=True, exist_ok=True)
     for position, name in enumerate(named, 1):
         print(f"{position}/{len(named)} {name}", file=sys.stderr, flush=True)
         content["rows"] += measure_case(name, arguments, copy_speed)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,24 @@ from glax.errors import UserError
 from provenance import provenance
 
 Row = dict[str, Any]
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises UserError where the system refuses to write ``path``."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"cannot write {path} ({error.strerror}): make room or give --results another place"
+        raise UserError(reason) from error
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder of a file that results will be written to, and see that one can write there."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
 
 
 class ResultsFile:
@@ -25,8 +44,7 @@ class ResultsFile:
         self.content: dict[str, Any] = {"settings": settings, **described, "ran_on": [], "rows": []}
         if path.exists():
             self._continue(settings)
-        with self._writing():  # before hours of work
-            path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path)  # before hours of work
         ran_on = provenance()
         if ran_on not in self.content["ran_on"]:
             self.content["ran_on"].append(ran_on)
@@ -50,19 +68,10 @@ class ResultsFile:
         else:
             self.rows[self.rows.index(replacing)] = row
         partial = self.path.with_name(f".{self.path.name}.partial")
-        with self._writing():
+        with writing(self.path):
             partial.write_text(json.dumps(self.content, indent=1) + "\n")
             os.replace(partial, self.path)
         return row
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"cannot write {self.path} ({error.strerror}): make room or give --results another folder"
-            ) from error
 
     def _continue(self, settings: dict[str, Any]) -> None:
         try:

@@ -177,6 +177,10 @@ def soak(kills: int, seed: int, folder: Path) -> dict:
 
 def run(argv: list[str]) -> None:
     arguments = tyro.cli(Arguments, args=argv, description=__doc__)
+    if arguments.results is not None:
+        from results_file import make_folder
+
+        make_folder(arguments.results)
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -189,7 +193,11 @@ def run(argv: list[str]) -> None:
         arguments.results.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def main(argv: list[str] | None = None) -> int:
+    return exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
+
+
 if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     jax.config.update("jax_platforms", "cpu")
-    sys.exit(exit_code(lambda: run(sys.argv[1:])))
+    sys.exit(main())
