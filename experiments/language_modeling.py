@@ -29,7 +29,7 @@ import tyro
 
 from glax.cli.train import DEFAULT_PRESET, from_preset
 from glax.data import prepare, validation_batches
-from glax.errors import UserError, exit_code
+from glax.errors import exit_code
 from glax.inference import Sampling, generate
 from glax.training import (
     RECIPES,
@@ -43,6 +43,7 @@ from glax.training import (
     train,
 )
 from provenance import provenance
+from results_file import writing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,12 +136,10 @@ def write_results(result: TrainResult, arguments: Arguments) -> None:
         "training_seconds": sum(record["seconds"] for record in steps),
         "data_wait": result.data_wait,
     }
-    try:
+    with writing(arguments.results):
         arguments.results.parent.mkdir(parents=True, exist_ok=True)
         arguments.results.write_text(json.dumps(content, indent=1) + "\n")
         plot_losses(result.records, arguments.results.with_suffix(".png"), arguments.name or arguments.preset)
-    except OSError as error:
-        raise UserError(f"cannot write {arguments.results} ({error.strerror}): choose another place") from error
     say(f"results: {arguments.results}")
 
 

@@ -31,6 +31,7 @@ from kernels import gated_linear_attention, retention, selective_scan
 from provenance import provenance
 from results_file import make_folder
 
+OURS = ("mosaic_gpu", "xla")
 EXPONENTIALS_PER_SECOND = {"NVIDIA H200": 132 * 16 * 1.755e9}  # multiprocessors, per clock, clocks while measuring
 
 
@@ -58,7 +59,7 @@ class Scan:
 
     def operators(self, peers):
         """Name to call(x, dt, A, B, C, D)."""
-        ours = {name: functools.partial(selective_scan, implementation=name) for name in ("mosaic_gpu", "xla")}
+        ours = {name: functools.partial(selective_scan, implementation=name) for name in OURS}
         return ours | ({"jla": _jla_mamba1} if "jla" in peers else {})
 
     def recurrence(self, *arguments):
@@ -100,9 +101,9 @@ class Retention:
 
     def operators(self, peers):
         """Name to call(q, k, v, log_gamma)."""
-        ours = {name: functools.partial(retention, implementation=name) for name in ("mosaic_gpu", "xla")}
-        ours |= {f"{name} fixed decays": functools.partial(_fixed_decays, name) for name in ours}
-        return ours | {f"gla {name}": functools.partial(_gla, name) for name in ("mosaic_gpu", "xla")}
+        ours = {name: functools.partial(retention, implementation=name) for name in OURS}
+        ours |= {f"{name} fixed decays": functools.partial(_fixed_decays, name) for name in OURS}
+        return ours | {f"gla {name}": functools.partial(_gla, name) for name in OURS}
 
     def recurrence(self, *arguments):
         return retention(*arguments, implementation="reference")
@@ -227,7 +228,7 @@ def measure_case(name: str, arguments: Arguments, copy_speed: float) -> list[dic
                 program = compiled(call, inputs, of)
                 row[f"{part}_first_call_s"], row[f"{part}_mib"] = program.first_call_s, program.memory_mib
                 programs[label, part] = program.run
-            if arguments.tokens_checked and not label.startswith(("gla", "jla")) and "fixed" not in label:
+            if arguments.tokens_checked and label in OURS:  # with every gradient, as the recurrence has
                 row.update(accuracy(case, programs[label, "both"], inputs, d_output, arguments.tokens_checked))
 
         attempt(row, prepare)

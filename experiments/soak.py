@@ -26,6 +26,8 @@ from glax.errors import UserError, exit_code
 from glax.models import ModelConfig
 from glax.training import OptimizerConfig, TrainConfig, train
 from glax.training.metrics import read_metrics
+from provenance import provenance
+from results_file import make_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,8 +180,6 @@ def soak(kills: int, seed: int, folder: Path) -> dict:
 def run(argv: list[str]) -> None:
     arguments = tyro.cli(Arguments, args=argv, description=__doc__)
     if arguments.results is not None:
-        from results_file import make_folder
-
         make_folder(arguments.results)
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
@@ -187,8 +187,6 @@ def run(argv: list[str]) -> None:
         outcome = soak(arguments.kills, arguments.seed, folder)
     print(json.dumps(outcome, indent=1))
     if arguments.results is not None:
-        from provenance import provenance
-
         content = {"seed": arguments.seed, "ran_on": provenance(), **outcome}
         arguments.results.write_text(json.dumps(content, indent=1) + "\n")
 
