@@ -6,17 +6,22 @@ gradients, a new batch from the host):
 
     --models gla-1.3b,transformer-1.3b,retnet-1.3b,mamba-1.3b --shapes 2048x8,4096x4,8192x2,16384x1 --profile
 
-tokens/s is that of the median step. MFU counts model FLOPs, without recomputation, against the card's dense bf16 peak.
-Memory is what the compiled step needs at its peak: state, batch and temporaries. --profile tells where a GPU's time
-goes in real steps, by part of the model and by kernel; --parts times parts alone: a layer's operator, mixer and MLP
-forward + backward, the loss, the optimiser. A row that fails has its error. The same command continues after the rows
-that are there.
+Several GPUs share a step by --meshes. A shape has all rows of the step: 2048x32 on four is 2048x8 on one.
+
+    --models gla-1.3b --shapes 2048x32 --meshes data4,fsdp4,fsdp2xtensor2,sequence4
+
+tokens/s is that of the median step. MFU counts model FLOPs, without recomputation, against the cards' dense bf16 peak.
+Memory is what the compiled step needs on a device at its peak: state, batch and temporaries. --profile tells where a
+GPU's time goes in real steps, by part of the model and by kernel; --parts times parts alone: a layer's operator, mixer
+and MLP forward + backward, the loss, the optimiser. A row that fails has its error. The same command continues after
+the rows that are there.
 """
 
 import dataclasses
 import functools
 import gc
 import itertools
+import re
 import sys
 import tempfile
 import time
@@ -30,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
+from jax.sharding import Mesh
 
 from glax.data import DataConfig
 from glax.errors import UserError, exit_code
@@ -37,9 +43,9 @@ from glax.layers import SwiGLU
 from glax.models import PRESETS, ModelConfig
 from glax.models.blocks import MIXERS, Block
 from glax.training import MeshConfig, TrainConfig
-from glax.training.sharding import make_mesh, place_batch, use_mesh
+from glax.training.loop import plan_and_trace
+from glax.training.sharding import AXES, check_divisible, make_mesh, place_batch, use_mesh
 from glax.training.state import plan_state
-from glax.training.step import make_train_step
 from glax.training.utilization import peak_flops
 from kernels import gated_linear_attention, retention, selective_scan, softmax_cross_entropy
 from results_file import ResultsFile, plot
@@ -58,7 +64,12 @@ class Arguments:
     """Comma-separated presets. None: the four of 1.3B on a GPU, the four small ones elsewhere."""
 
     shapes: str | None = None
-    """Comma-separated LENGTHxBATCH. None: 2048x8,4096x4,8192x2,16384x1 on a GPU, 64x4,256x1 elsewhere."""
+    """Comma-separated LENGTHxBATCH, all rows of a step. None: 2048x8,4096x4,8192x2,16384x1 on a GPU, 64x4,256x1
+    elsewhere."""
+
+    meshes: str = "1"
+    """Comma-separated, devices that share a step: 1, or axes of a mesh with their sizes, such as data4 or
+    fsdp2xtensor2."""
 
     implementations: str = "fastest"
     """Comma-separated kernels of the recurrent models: fastest, mosaic_gpu, xla, reference."""
@@ -73,7 +84,7 @@ class Arguments:
     """Timed steps, after three to warm up."""
 
     parts: bool = False
-    """Also time the parts of a step."""
+    """Also time the parts of a step, where it has one device."""
 
     profile: bool = False
     """Also trace three steps, and add up what kernels take."""
@@ -92,13 +103,15 @@ class Case(NamedTuple):
     shape: str
     implementation: str
     remat: str
+    mesh: str | None = None
+    """As in --meshes; None is one device, and what rows without a mesh have."""
 
 
 class Prepared(NamedTuple):
     """A compiled training step."""
 
     config: TrainConfig
-    mesh: jax.sharding.Mesh
+    mesh: Mesh
     step: jax.stages.Compiled
     initialize: jax.stages.Compiled
     seconds: float
@@ -116,7 +129,8 @@ def training(case: Case, unroll_layers: bool | None) -> TrainConfig:
         unroll_layers=unroll_layers,
         implementation=None if case.implementation == "fastest" else case.implementation,
     )
-    return TrainConfig(model=model, data=DataConfig(sequence_length=length, batch_size=batch), mesh=MeshConfig(data=1))
+    data = DataConfig(sequence_length=length, batch_size=batch)
+    return TrainConfig(model=model, data=data, mesh=_mesh(case.mesh))
 
 
 def prepare(case: Case, unroll_layers: bool | None, profile: bool = False) -> Prepared | str:
@@ -124,16 +138,20 @@ def prepare(case: Case, unroll_layers: bool | None, profile: bool = False) -> Pr
     config = training(case, unroll_layers)
     started = time.monotonic()
     try:
-        mesh = make_mesh(config.mesh, jax.devices()[:1])
+        mesh = devices_of(config.mesh)
+        check_divisible(mesh, config.model, config.data, 1)
         with use_mesh(mesh):
-            plan = plan_state(config, mesh)
-            batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, random_batch(config, np.random.default_rng(0))))
-            lowered = make_train_step(plan, config, 1).lower(plan.abstract, batch)
+            plan, lowered = plan_and_trace(config, mesh, 1)
             step, seconds = lowered.compile(), time.monotonic() - started
             profiled = lowered.compile(NO_GRAPHS) if profile and jax.default_backend() == "gpu" else None
             return Prepared(config, mesh, step, plan.initialize.lower().compile(), seconds, profiled)
     except (NotImplementedError, ValueError, RuntimeError) as error:
         return _one_line(error)
+
+
+def devices_of(mesh: MeshConfig) -> Mesh:
+    """The first devices, as many as ``mesh`` has. Raises UserError where there are fewer."""
+    return make_mesh(mesh, jax.devices()[: mesh.data * mesh.fsdp * mesh.sequence * mesh.tensor])
 
 
 def random_batch(config: TrainConfig, draw: np.random.Generator) -> dict[str, np.ndarray]:
@@ -150,17 +168,18 @@ def random_batch(config: TrainConfig, draw: np.random.Generator) -> dict[str, np
 
 
 def measure(prepared: Prepared, steps: int) -> dict[str, Any]:
-    """Times whole training steps on one device."""
+    """Times whole training steps."""
     config, mesh, step, initialize, compiled, profiled = prepared
     draw = np.random.default_rng(0)
     batches = [random_batch(config, draw) for _ in range(4)]
     with use_mesh(mesh):
-        state, seconds = initialize(), []
+        state, seconds, first = initialize(), [], []
         for number in range(WARM_STEPS + steps):
             begun = time.monotonic()
             state, metrics = step(state, place_batch(batches[number % 4], mesh))
             loss = float(metrics["loss"])  # waits for the step, as a journal line does
             seconds.append(time.monotonic() - begun)
+            first += [[loss, float(metrics["grad_norm"])]] if number < WARM_STEPS else []
         profile = {}
         if profiled is not None:
             state, _ = jax.block_until_ready(profiled(state, place_batch(batches[3], mesh)))
@@ -169,18 +188,21 @@ def measure(prepared: Prepared, steps: int) -> dict[str, Any]:
                     for batch in batches[:3]:
                         state, metrics = profiled(state, place_batch(batch, mesh))
                     jax.block_until_ready(state)
-                profile = profile_by_part(kernel_times(Path(folder), 3), scopes_of(profiled.as_text()))
+                steps_traced = 3 * mesh.size  # a device's
+                profile = profile_by_part(kernel_times(Path(folder), steps_traced), scopes_of(profiled.as_text()))
     median = float(np.median(seconds[WARM_STEPS:]))
     tokens = config.data.sequence_length * config.data.batch_size
-    flops, peak = config.model.flops_per_token(config.data.sequence_length), peak_flops(jax.devices()[:1])
+    flops, peak = config.model.flops_per_token(config.data.sequence_length), peak_flops(list(mesh.devices.flat))
     return {
         "tokens_per_second": round(tokens / median, 1),
+        "tokens_per_second_per_device": round(tokens / median / mesh.size, 1),
         "mfu": None if peak is None else round(flops * tokens / median / peak, 4),
         "peak_gib": round(_peak_bytes(step) / 2**30, 3),
         "step_ms": round(1e3 * median, 3),
         "step_ms_range": [round(1e3 * pick(seconds[WARM_STEPS:]), 3) for pick in (min, max)],
         "parameters": config.model.num_parameters(),
         "loss": round(loss, 4),
+        "first_losses_and_grad_norms": first,
         "compile_s": round(compiled, 1),
     } | profile
 
@@ -223,7 +245,7 @@ def time_parts(training_config: TrainConfig) -> dict[str, float]:
     loss = jax.grad(lambda h, u: jnp.mean(softmax_cross_entropy(h, u, targets)), (0, 1))
     parts["loss"] = _milliseconds(jax.jit(loss), hidden, unembedding)
 
-    mesh = make_mesh(training_config.mesh, jax.devices()[:1])
+    mesh = devices_of(training_config.mesh)
     with use_mesh(mesh):
         plan = plan_state(training_config, mesh)
 
@@ -305,6 +327,7 @@ def _name(row: dict[str, Any]) -> str:
     parts = [row["model"]]
     parts += [row["implementation"]] if row["implementation"] != "fastest" else []
     parts += [f"remat {row['remat']}"] if row["remat"] != "none" else []
+    parts += [row["mesh"]] if row.get("mesh") else []
     return ", ".join(parts)
 
 
@@ -316,9 +339,11 @@ def run(arguments: Arguments) -> None:
     for preset in lists[1]:
         if preset not in PRESETS:
             raise UserError(f'models has "{preset}": choose from {", ".join(PRESETS)}')
-    cases = [Case(model, shape, kernel, remat) for shape, model, kernel, remat in itertools.product(*lists)]
+    meshes = [None if mesh == "1" else mesh for mesh in arguments.meshes.split(",")]
+    cases = [Case(model, shape, *how) for shape, model, *how in itertools.product(*lists, meshes)]
     for case in cases:
-        training(case, arguments.unroll_layers)  # refuses what makes no model, before anything is measured
+        # Refuses what makes no model, or a mesh that is not here, before anything is measured.
+        devices_of(training(case, arguments.unroll_layers).mesh)
     settings = {"unroll_layers": arguments.unroll_layers, "steps": arguments.steps}
     results = ResultsFile(arguments.results / "throughput.json", settings)
     absent = [case for case in cases if results.find(**case._asdict()) is None]
@@ -340,7 +365,7 @@ def _row(prepared: Prepared | str, arguments: Arguments) -> dict[str, Any]:
     try:
         row = measure(prepared, arguments.steps)
         gc.collect()
-        if arguments.parts:
+        if arguments.parts and prepared.mesh.size == 1:
             row["parts_ms"] = time_parts(prepared.config)
     except (NotImplementedError, ValueError, RuntimeError) as error:  # the other rows are measured all the same
         row = {"error": _one_line(error)}
@@ -349,7 +374,8 @@ def _row(prepared: Prepared | str, arguments: Arguments) -> dict[str, Any]:
 
 
 def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    named = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return named + str(error).splitlines()[0]
 
 
 def _say(row: dict[str, Any]) -> None:
@@ -358,9 +384,10 @@ def _say(row: dict[str, Any]) -> None:
         print(f"{named}: {row['error']}", flush=True)
         return
     mfu = "" if row["mfu"] is None else f", MFU {100 * row['mfu']:.1f}%"
+    each = f" ({row['tokens_per_second_per_device']:,.0f} a device)" if row.get("mesh") else ""
     parts = "".join(f", {name} {ms:.1f}" for name, ms in row.get("parts_ms", {}).items())
     print(
-        f"{named}: {row['tokens_per_second']:,.0f} tokens/s{mfu}, {row['peak_gib']:.1f} GiB, "
+        f"{named}: {row['tokens_per_second']:,.0f} tokens/s{each}{mfu}, {row['peak_gib']:.1f} GiB, "
         f"{row['step_ms']:.1f} ms a step{parts and '; ms of its parts' + parts[1:]}",
         flush=True,
     )
@@ -371,6 +398,18 @@ def _shape(text: str) -> tuple[int, int]:
     if not (x and length.isdigit() and batch.isdigit() and int(length) and int(batch)):
         raise UserError(f'shapes has "{text}": give LENGTHxBATCH, such as 2048x8')
     return int(length), int(batch)
+
+
+def _mesh(text: str | None) -> MeshConfig:
+    sizes = {}
+    for part in [] if text is None else text.split("x"):
+        axis = re.fullmatch(rf"({'|'.join(AXES)})(\d+)", part)
+        if axis is None or axis[1] in sizes:
+            raise UserError(
+                f'meshes has "{text}": give 1, or axes of {", ".join(AXES)}, such as data4 or fsdp2xtensor2'
+            )
+        sizes[axis[1]] = int(axis[2])
+    return MeshConfig(**{"data": 1} | sizes)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import numpy as np
 import pytest
 
 import throughput
@@ -29,13 +30,34 @@ def test_rows(tmp_path, monkeypatch, capsys):
         assert row["peak_gib"] * 2**30 >= 3.9 * 4 * row["parameters"]
         assert row["parts_ms"].keys() == {"operator", "mixer", "mlp", "block", "loss", "optimizer"}
         assert min(row["parts_ms"].values()) > 0
-    assert rows["gla-tiny", "mosaic_gpu"]["error"].startswith("NotImplementedError: implementation 'mosaic_gpu'")
+    assert "implementation 'mosaic_gpu' cannot run this call" in rows["gla-tiny", "mosaic_gpu"]["error"]
     assert (tmp_path / "throughput.png").exists()
 
     said = capsys.readouterr().out
     monkeypatch.setattr(throughput, "prepare", None)  # a second start measures nothing
     assert main(command) == 0
     assert capsys.readouterr().out.splitlines()[0] == said.splitlines()[0]
+
+
+def test_meshes(tmp_path, monkeypatch):
+    """A mesh takes the steps that one device takes, and is measured by all its devices; older rows are of one."""
+    monkeypatch.setitem(PEAK_FLOPS, jax.devices()[0].device_kind, 1e12)
+    command = ["--models", "gla-tiny", "--shapes", "32x4", "--steps", "2", "--results", str(tmp_path)]
+    assert main([*command, "--meshes", "1,data2xtensor2"]) == 0
+    file = tmp_path / "throughput.json"
+    content = json.loads(file.read_text())
+    one, sharded = content["rows"]
+    assert sharded["mesh"] == "data2xtensor2"
+    each = sharded["tokens_per_second_per_device"]
+    assert each == pytest.approx(sharded["tokens_per_second"] / 4, rel=1e-3)
+    assert sharded["mfu"] == pytest.approx(PRESETS["gla-tiny"].flops_per_token(32) * each / 1e12, abs=1e-4)
+    assert sharded["peak_gib"] < one["peak_gib"]
+    np.testing.assert_allclose(sharded["first_losses_and_grad_norms"], one["first_losses_and_grad_norms"], rtol=1e-5)
+
+    content["rows"] = [{name: value for name, value in one.items() if name != "mesh"}]
+    file.write_text(json.dumps(content))
+    monkeypatch.setattr(throughput, "prepare", None)
+    assert main(command) == 0
 
 
 def test_profile_adds_up_by_part():
@@ -53,6 +75,11 @@ def test_profile_adds_up_by_part():
     "arguments, message",
     [
         (["--models", "gla-9b"], 'models has "gla-9b": choose from gla-340m'),
+        (
+            ["--models", "gla-tiny", "--meshes", "data2xdata2"],
+            'meshes has "data2xdata2": give 1, or axes of data, fsdp',
+        ),
+        (["--models", "gla-tiny", "--meshes", "fsdp16"], "the mesh fsdp 16 x data 1 needs 16 devices and there are 8"),
         (["--models", "gla-tiny", "--shapes", "2048"], 'shapes has "2048": give LENGTHxBATCH'),
     ],
 )
