@@ -1,5 +1,6 @@
 """Every test runs on CPU with eight virtual devices, unless JAX_PLATFORMS says otherwise."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -14,6 +15,8 @@ FLAGS = {
 for flag, value in FLAGS.items():
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{flag}={value}".strip()
+
+gc.set_threshold(20_000, 20, 50)  # tracing makes many objects and few cycles: as often as usual, it costs a twentieth
 
 # Compilation dominates the first call of a shape, so deadlines would measure XLA; the same examples every time.
 settings.register_profile("glax", derandomize=True, deadline=None, print_blob=True)

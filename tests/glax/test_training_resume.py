@@ -84,6 +84,7 @@ def start(text_folder, tmp_path):
         if not anew:
             environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "compiled")
             environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+            environment["JAX_REMOVE_CUSTOM_PARTITIONING_PTR_FROM_CACHE_KEY"] = "1"  # an address: each start has its own
         return subprocess.run(
             [sys.executable, "-c", DRIVER, str(SCRIPT), event, what, *arguments],
             env=environment,

@@ -2,6 +2,7 @@
 
 import math
 
+import jax.experimental.pallas.fuser  # noqa: F401 (imported on the way, it would make all that was traced before anew)
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
