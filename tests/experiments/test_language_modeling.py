@@ -21,6 +21,7 @@ def tiny(tmp_path, monkeypatch):
         (tmp_path / "text" / f"{index}.txt").write_text(f"document {index} says that {index} is a number\n" * 8)
     flags = {
         "preset": "gla-tiny",
+        "model.num-layers": 1,
         "runs": tmp_path / "runs",
         "name": "run",
         "data.train": tmp_path / "text",
@@ -133,6 +134,7 @@ def test_bad_input_is_one_line(case, tiny, tmp_path, capfd, monkeypatch):
 
 
 def test_a_run_of_another_config_is_kept(tiny, tmp_path, capfd):
+    tiny += ["--implementation", "reference"]  # compiles fastest
     assert main(tiny) == 0
     before = {path: path.read_bytes() for path in tmp_path.joinpath("runs").rglob("*") if path.is_file()}
     assert main([*tiny, "--optimizer.learning-rate", "1", "--seed", "7"]) == 2

@@ -3,7 +3,9 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from glax.data import DataConfig
 from glax.models import PRESETS
@@ -48,3 +50,20 @@ def tiny_config(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         checkpoint_every=10,
     )
     return lambda **fields: dataclasses.replace(config, **fields)
+
+
+@pytest.fixture(scope="module")
+def programs_kept(tmp_path_factory: pytest.TempPathFactory):
+    """For modules that start one training run after another: what the first compiles, the others read."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_remove_custom_partitioning_ptr_from_cache_key": True,  # an address: every trace has its own
+    }
+    before = {name: jax.config.read(name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

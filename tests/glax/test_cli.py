@@ -14,8 +14,9 @@ from glax import cli
 @pytest.fixture(scope="module")
 def run_folder(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    arguments = f"train --preset gla-tiny --runs {folder} --name one --steps 4 --data.sequence-length 64"
-    arguments += f" --data.batch-size 8 --data.train {text_folder / 'train'} --data.cache {folder / 'cache'}"
+    arguments = f"train --preset gla-tiny --runs {folder} --name one --steps 4 --model.num-layers 1"
+    arguments += f" --data.sequence-length 64 --data.batch-size 8 --data.train {text_folder / 'train'}"
+    arguments += f" --data.cache {folder / 'cache'}"
     assert cli.main(arguments.split()) == 0
     return folder / "one"
 

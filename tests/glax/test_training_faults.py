@@ -24,6 +24,8 @@ from glax.training.run_folder import check_same_run, owned
 from glax.training.sharding import make_mesh, use_mesh
 from glax.training.state import plan_state
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
+
 
 @pytest.fixture(scope="module")
 def config(tiny_config):

@@ -20,6 +20,7 @@ from glax.training.loop import plan_and_trace
 from glax.training.metrics import read_metrics
 from glax.training.sharding import make_mesh, place_batch, use_mesh
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
 SCRIPT = Path(__file__).parents[2] / "experiments" / "language_modeling.py"
 
 # Runs the script, and kills its own process at a file operation (`os.mkdir`, `os.rename`) whose argument ends as said,
