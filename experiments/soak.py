@@ -130,6 +130,7 @@ def soak(kills: int, seed: int, folder: Path) -> dict:
     # Compiled once for all starts.
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)  # an address: a start's own
     config = soak_config(folder)
     with contextlib.redirect_stderr(io.StringIO()):
         prepare(config.data, quiet=True)

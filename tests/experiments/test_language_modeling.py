@@ -44,7 +44,7 @@ def test_default_command_learns(tmp_path, monkeypatch, capfd):
     """The command without arguments, at a tenth of its steps: bits per byte fall, and the run folder is whole."""
     monkeypatch.setenv("GLAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    short = ["--steps", "40", "--data.batch-size", "8", "--data.validation-tokens", "10000", "--sample-tokens", "20"]
+    short = ["--steps", "40", "--data.batch-size", "8", "--data.validation-tokens", "3000", "--sample-tokens", "20"]
     assert main(short) == 0
     said = capfd.readouterr().out
     folder = tmp_path / "runs" / "gla-small-bytes"

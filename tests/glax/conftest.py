@@ -59,7 +59,7 @@ def programs_kept(tmp_path_factory: pytest.TempPathFactory):
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_remove_custom_partitioning_ptr_from_cache_key": True,  # an address: every trace has its own
     }
-    before = {name: jax.config.read(name) for name in options}
+    before = {name: getattr(jax.config, name) for name in options}
     for name, value in options.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()

@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 
@@ -93,6 +94,7 @@ def test_a_full_disk(config, finished, tmp_path, monkeypatch, room):
     """
     folder = tmp_path / "run"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # what is imported then would be cut too, and read later
     at_step(monkeypatch, 5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1])))
     try:
         with pytest.raises(UserError, match=r"cannot write a checkpoint to .*: make room there and start the same"):
@@ -104,8 +106,9 @@ def test_a_full_disk(config, finished, tmp_path, monkeypatch, room):
     assert losses(folder) == losses(finished)
 
 
-def test_metrics_and_config_on_a_full_disk(config, tmp_path):
+def test_metrics_and_config_on_a_full_disk(config, tmp_path, monkeypatch):
     metrics = MetricsFile(tmp_path / "metrics.jsonl", last_step=-1)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # as above
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:

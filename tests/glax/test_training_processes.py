@@ -109,6 +109,9 @@ class Start:
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // count}",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # eight processes compile here: fast, rather than fast code
         }
+        if count == 1:  # twice the same programs
+            environment["JAX_COMPILATION_CACHE_DIR"] = str(folder.parent / "compiled")
+            environment["JAX_REMOVE_CUSTOM_PARTITIONING_PTR_FROM_CACHE_KEY"] = "1"  # an address: each start has its own
         self.processes = []
         for index in range(count):
             place = {"coordinator": address, "count": count, "index": index, "heartbeat": 20}
