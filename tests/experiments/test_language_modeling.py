@@ -41,10 +41,10 @@ def test_flags_of_processes_are_found_among_the_others():
 
 
 def test_default_command_learns(tmp_path, monkeypatch, capfd):
-    """The command without arguments, at a tenth of its steps: bits per byte fall, and the run folder is whole."""
+    """The command without arguments, at a twentieth of its steps: bits per byte fall, and the run folder is whole."""
     monkeypatch.setenv("GLAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    short = ["--steps", "40", "--data.batch-size", "8", "--data.validation-tokens", "3000", "--sample-tokens", "20"]
+    short = ["--steps", "20", "--data.batch-size", "8", "--data.validation-tokens", "3000", "--sample-tokens", "20"]
     assert main(short) == 0
     said = capfd.readouterr().out
     folder = tmp_path / "runs" / "gla-small-bytes"
@@ -55,14 +55,14 @@ def test_default_command_learns(tmp_path, monkeypatch, capfd):
     assert f"{bits[0]:.4f} at the start, {bits[-1]:.4f} at the end" in said
     assert "sample, after the prompt" in said and "waiting for data" in said
     steps = [record for record in records if "loss" in record]
-    assert [record["step"] for record in steps] == list(range(1, 41))
+    assert [record["step"] for record in steps] == list(range(1, 21))
     assert set(steps[0]) >= {"learning_rate", "grad_norm", "tokens_per_second", "data_wait", "skipped_steps"}
     assert (folder / "loss.png").exists() and (folder / "config.json").exists()
-    assert (folder / "checkpoints" / "40").is_dir()
+    assert (folder / "checkpoints" / "20").is_dir()
 
     content = (folder / "metrics.jsonl").read_bytes()
     assert main(short) == 0
-    assert "is complete: 40 steps" in capfd.readouterr().out
+    assert "is complete: 20 steps" in capfd.readouterr().out
     assert (folder / "metrics.jsonl").read_bytes() == content
 
 

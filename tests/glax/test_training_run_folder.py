@@ -88,7 +88,7 @@ def test_many_skipped_steps_stop_the_run(tiny_config, tmp_path):
     config = tiny_config(max_skipped_steps=3, optimizer=OptimizerConfig(learning_rate=float("inf"), warmup_steps=0))
     config = dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, num_layers=1),
+        model=dataclasses.replace(config.model, num_layers=1, implementation="reference"),
         data=dataclasses.replace(config.data, sequence_length=64),
     )
     with pytest.raises(UserError, match="3 steps in a row, up to step 4, had a loss or gradient that is not finite"):
