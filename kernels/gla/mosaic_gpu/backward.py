@@ -26,10 +26,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .anchors import CHUNK, FLOOR
-from .backward_chunk import Walk
+from .backward_chunk import MASK, Walk
 from .backward_tiers import tier_1, tiers_2_and_3
+from .gating import Middle
 from .pieces import WHOLE, Cut, Pieces, carry_in
-from .tables import DIAGONAL, FIRST, LOWER, MATRIX_ROWS, SECOND, UPPER, document_codes, has
+from .tables import FUTURE, document_codes
 from .warpgroup import (
     BF16,
     COLUMN,
@@ -95,6 +96,9 @@ def backward(
     value_blocks = V // VB
     has_final, packed = final_gradient is not None, documents is not None
     interpreted = interpret is not None
+    # Where two warpgroups leave one block to a multiprocessor registers are scarcer than shared memory, and full it is.
+    middle = Middle(stored=W > 1)
+    masks = not (packed or middle.stored)
 
     def kernel(*refs):
         refs = list(refs)
@@ -116,7 +120,7 @@ def backward(
         product = Products(None if spare is None else spare.at[w])
         barrier = met if W > 1 else None
         walk = Walk(
-            tiles_s, zero_s, rows_s, product, barrier, w, W, value_blocks=value_blocks, value_block=VB, heads=H,
+            tiles_s, zero_s, product, middle, masks, barrier, w, W, value_blocks=value_blocks, value_block=VB, heads=H,
             group=H // G, batch=B, chunks=T // CHUNK, cut=tiles.cut,
         )  # fmt: skip
 
@@ -133,7 +137,14 @@ def backward(
                 plgpu.copy_gmem_to_smem(k_g.at[v.b, v.rows, v.g], v.k, arrived)
                 plgpu.copy_gmem_to_smem(v_g.at[v.b, v.rows, v.g, v.values], v.v, arrived)
                 plgpu.copy_gmem_to_smem(do_g.at[v.b, v.rows, v.h, v.values], v.do, arrived)
-                if packed:
+
+        def fetch_documents(step):
+            """Apart, since the gate gradient needs those of the chunk before until its end."""
+            v = walk.at(step)
+            if packed:
+
+                @pl.when(w == 0)
+                def _():
                     plgpu.copy_gmem_to_smem(documents_g.at[v.b, v.rows], documents_s, arrived)
                     plgpu.copy_gmem_to_smem(goes_on_g.at[v.b, v.rows], goes_on_s, arrived)
                     plgpu.copy_gmem_to_smem(pairs_g.at[v.b, v.chunk], v.tile("codes", 0), arrived)
@@ -141,8 +152,10 @@ def backward(
         @pl.when(w == 0)
         def _():
             zero_s[0] = jnp.int32(0)
-            plgpu.copy_gmem_to_smem(codes_g, tiles_s["codes"].at[0], tables_arrived)
-            plgpu.copy_gmem_to_smem(matrices_g, tiles_s["matrices"].at[0], tables_arrived)
+            plgpu.copy_gmem_to_smem(codes_g.at[pl.ds(0, 2)], tiles_s["codes"].at[0, pl.ds(0, 2)], tables_arrived)
+            if masks:
+                plgpu.copy_gmem_to_smem(codes_g.at[FUTURE], tiles_s["codes"].at[0, MASK], tables_arrived)
+            plgpu.copy_gmem_to_smem(matrices_g.at[pl.ds(0, middle.rows)], tiles_s["matrices"].at[0], tables_arrived)
 
         plgpu.barrier_wait(tables_arrived)
         plgpu.commit_smem()
@@ -150,6 +163,7 @@ def backward(
         v = walk.at(0)
         steps = v.steps
         fetch(steps - 1)
+        fetch_documents(steps - 1)
 
         def chunk(i, carry):
             dS, document, tier = carry  # gradient of the state that leaves the chunk, and the document it goes to
@@ -173,41 +187,28 @@ def backward(
                     return keep
 
                 of_first, of_last = of(opens), of(closes)
-                unbroken = (opens == closes).astype(F32)
             else:
                 of_first = of_last = lambda x: x
-                unbroken = 1.0
 
             def bounded():
-                result = tier_1(walk, step, dS, of_first, of_last, scale=scale, packed=packed)
-                v = walk.at(step)
-                return *result, v.totals(SECOND), v.totals(FIRST)
+                return tier_1(walk, step, dS, of_first, of_last, scale=scale, packed=packed)
 
             def any_gates():
                 # dS waits in the place of the result, which is of this walk alone and free until its end.
                 parking = lambda v: initial_g.at[v.b, v.h, v.piece, v.own, v.values]
-                result = tiers_2_and_3(walk, step, tier == 2, dS, of_first, of_last, parking, scale=scale)
-                v = walk.at(step)
-                whole = v.totals(FIRST) * v.totals(SECOND)
-                return *result, whole, plgpu.layout_cast(jnp.ones((64,), F32), ROW)
+                return tiers_2_and_3(walk, step, tier == 2, dS, of_first, of_last, parking, scale=scale)
 
             # (The smaller branch last: Pallas lowers that one twice.)
-            PT, change, later, dS, after, before = lax.cond(tier != 1, any_gates, bounded)
+            PT, change, later, dS, before = lax.cond(tier != 1, any_gates, bounded)
             v = walk.at(step)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(v.out_q, dq_g.at[v.vb, v.b, v.rows, v.h, v.own])
             plgpu.copy_smem_to_gmem(v.out_k, dk_g.at[v.vb, v.b, v.rows, v.h, v.own])
-            dS = dS * along_rows(after * unbroken, (64, VB))
+            if packed:
+                dS = dS * (opens == closes).astype(F32)
             through = jnp.sum(load(v.S_own).astype(F32) * dS, axis=1)
-            rows_s.at[0, w][...] = through
+            rows_s.at[w][...] = through
 
-            # Gate gradient: sums within the chunk as products, of float32 values as two bf16 limbs where terms cancel.
-            # Tiles that have been read by now take the operands: the gates, the state, the limb.
-            high = change.astype(BF16)
-            v.g_own[...] = high
-            v.limb[...] = (change - high.astype(F32)).astype(BF16)
-            v.S_tile[...] = later
-            plgpu.commit_smem()
             if packed:
 
                 @pl.when(opens != closes)
@@ -216,53 +217,72 @@ def backward(
                     v.q_own[...] = of_first(load(v.q_own).astype(F32)).astype(BF16)
                     plgpu.commit_smem()
 
-            v = walk.at(step)
-            one_where = lambda bits: where(has(v.pairs(), bits), 1.0, 0.0).astype(BF16)
-            sums_from = one_where(UPPER | DIAGONAL)
-            sums_before = one_where(LOWER)
-            dg_chain = [(sums_from, v.g_own), (sums_from, v.limb), (sums_before, v.S_tile)]
-
-            def finish_dg(dg):
-                dg = dg + along_columns(load(rows_s.at[0, w], COLUMN), TILE)
-                gates = g_g.at[v.b, v.rows, v.g, v.own]
-                dg = lax.cond(
-                    tier != 1,
-                    lambda: where(load(gates, optimized=False).astype(F32) > FLOOR, dg, 0.0),
-                    lambda: dg,
-                )
-                if packed:  # no pair spans a gate between documents: what is left there is rounding
-                    dg = dg * plgpu.layout_cast(along_rows(load(goes_on_s, ROW), TILE), WGMMA)
-                v.g_own[...] = dg.astype(BF16)
+            def send_dv(dv, part):
+                v.limb[...] = dv.astype(BF16)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(v.g_own, dg_g.at[v.vb, v.b, v.rows, v.h, v.own])
-
-            finish_dg(product.total(dg_chain, TILE))
-            v = walk.at(step)
-            for c in range(VW // 64):
-
-                @pl.when((w == 0) | (VB > 64))
-                def _(c=c):
-                    part = pl.ds(own_values.start + 64 * c, 64)
-                    do, of_dS = (v.tile(name, slice(None), part) for name in ("do", "dS"))
-                    if packed:
-                        dv = product(PT, do, TILE, onto=of_last(product(v.k, of_dS, TILE)))
-                    else:
-                        dv = product.total([(PT, do), (v.k, of_dS)], TILE)
-                    if c:
-                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    v.limb[...] = dv.astype(BF16)
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(v.limb, dv_g.at[v.b, v.rows, v.h, pl.ds(v.vb * VB + part.start, 64)])
+                plgpu.copy_smem_to_gmem(v.limb, dv_g.at[v.b, v.rows, v.h, pl.ds(v.vb * VB + part.start, 64)])
 
             v = walk.at(step)
-            dS = product(v.q_own.T, v.do, (64, VB), onto=dS) * along_rows(before, (64, VB))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # g_own is read before it is loaded again
+            if VW == 64 and (VB > 64 or W == 1) and not packed:
+                do, of_dS = (v.tile(name, slice(None), own_values) for name in ("do", "dS"))
+                dS, dv = product.beside([(v.q_own.T, v.do)], dS, ([(PT, do), (v.k, of_dS)], TILE))
+                send_dv(dv, own_values)
+                dS = dS * along_rows(before, (64, VB))
+            else:
+                for c in range(VW // 64):
+
+                    @pl.when((w == 0) | (VB > 64))
+                    def _(c=c):
+                        part = pl.ds(own_values.start + 64 * c, 64)
+                        do, of_dS = (v.tile(name, slice(None), part) for name in ("do", "dS"))
+                        if packed:
+                            dv = product(PT, do, TILE, onto=of_last(product(v.k, of_dS, TILE)))
+                        else:
+                            dv = product.total([(PT, do), (v.k, of_dS)], TILE)
+                        if c:
+                            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        send_dv(dv, part)
+
+                v = walk.at(step)
+                dS = product(v.q_own.T, v.do, (64, VB), onto=dS) * along_rows(before, (64, VB))
+            # out_q and out_k are read (what may be under way is the last dv).
+            plgpu.wait_smem_to_gmem(int(VB > 64 or W == 1), wait_read_only=True)
             plgpu.commit_smem()
             meet(barrier)
 
             @pl.when(step > 0)
             def _():
                 fetch(step - 1)
+
+            # Gate gradient: sums within the chunk as products, of float32 values as two bf16 limbs where terms cancel,
+            # while the next chunk arrives. Tiles that are no part of it take the operands.
+            v = walk.at(step)
+            high = change.astype(BF16)
+            v.out_q[...] = high
+            v.out_k[...] = (change - high.astype(F32)).astype(BF16)
+            v.dS_tile[...] = later
+            plgpu.commit_smem()
+            v = walk.at(step)
+            sums_from, sums_before = v.sums()
+            dg = product.total([(sums_from, v.out_q), (sums_from, v.out_k), (sums_before, v.dS_tile)], TILE)
+            dg = dg + along_columns(load(rows_s.at[w], COLUMN), TILE)
+            gates = g_g.at[v.b, v.rows, v.g, v.own]
+            dg = lax.cond(
+                tier != 1,
+                lambda: where(load(gates, optimized=False).astype(F32) > FLOOR, dg, 0.0),
+                lambda: dg,
+            )
+            if packed:  # no pair spans a gate between documents: what is left there is rounding
+                dg = dg * plgpu.layout_cast(along_rows(load(goes_on_s, ROW), TILE), WGMMA)
+            v.out_q[...] = dg.astype(BF16)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(v.out_q, dg_g.at[v.vb, v.b, v.rows, v.h, v.own])
+            if packed:
+                meet(barrier)
+
+                @pl.when(step > 0)
+                def _():
+                    fetch_documents(step - 1)
 
             return dS, document, next_tier
 
@@ -291,15 +311,15 @@ def backward(
         "S": shared((1, K, VB)),
         "dS": shared((1, K, VB)),
         "out": shared((1, W, 3, CHUNK, 64)),
-        "codes": shared((1, 2, CHUNK, CHUNK), jnp.int16),
-        "matrices": shared((1, MATRIX_ROWS, CHUNK)),
+        "codes": shared((1, 2 + masks, CHUNK, CHUNK), jnp.int16),
+        "matrices": shared((1, middle.rows, CHUNK)),
     }
     scratch = [
         tiles_s,
         plgpu.SMEM((1,), jnp.int32),
-        plgpu.SMEM((2, W, 64), F32),
+        plgpu.SMEM((W, 64), F32),
         plgpu.Barrier(num_arrivals=4 + 2 * W + 3 * packed),
-        plgpu.Barrier(num_arrivals=2),
+        plgpu.Barrier(num_arrivals=2 + masks),
         plgpu.Barrier(num_arrivals=W),
     ]
     scratch += [plgpu.SMEM((CHUNK,), jnp.int32), plgpu.SMEM((CHUNK,), F32)] if packed else []

@@ -9,9 +9,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from .anchors import CHUNK
+from .gating import Middle
 from .pieces import Cut
-from .tables import MIDDLE, matrix, to_exponents
-from .warpgroup import TILE, Products, load, split
+from .tables import DIAGONAL, FIRST, LOWER, SECOND, UPPER, has, keep, matrix, ones, to_exponents
+from .warpgroup import BF16, TILE, Products, load, pin, split, where
+
+MASK = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +23,9 @@ class Walk:
 
     tiles: dict[str, Any]  # shared memory
     zero_s: Any  # [1] int32, a zero
-    rows_s: Any  # [2, warpgroups, 64] float32
     product: Products
+    middle: Middle
+    masks: bool  # whether shared memory holds the table FUTURE, at MASK
     barrier: Any
     warpgroup: jax.Array
     warpgroups: int
@@ -72,17 +76,38 @@ class Chunk:
         first = pl.ds(0, 64)
         self.S_tile, self.dS_tile = tile("S", own, first), tile("dS", own, first)
         self.dS_tile_of = [tile("dS", pl.ds(64 * j, 64), first) for j in everyone]
-        self.product = walk.product
+        self.product, self.middle, self.masks = walk.product, walk.middle, walk.masks
 
     def pairs(self) -> jax.Array:
         return load(self.tile("codes", 0))
+
+    def of_keys(self, pairs: jax.Array) -> jax.Array:
+        """Pairs [keys, queries] in bf16, without those whose key comes later or is of another document."""
+        if self.masks:
+            return keep(pairs, self.tile("codes", MASK))
+        return pin(where(has(self.pairs(), UPPER | DIAGONAL), pairs, 0.0)).astype(BF16)
+
+    def sums(self) -> tuple[jax.Array, jax.Array]:
+        """Matrices that sum, within documents, the rows from each one on, and those before it."""
+        if self.masks:
+            return ones(self.tile("codes", MASK)), ones(self.tile("codes", MASK), False)
+        return tuple(where(has(self.pairs(), bits), 1.0, 0.0).astype(BF16) for bits in (UPPER | DIAGONAL, LOWER))
 
     def exponents(self, table, bit) -> jax.Array:
         """Sums of gates, in log2: those that `bit` of a table says."""
         return self.product(matrix(self.tile("codes", table), bit), self.g_own, TILE) * to_exponents(bit)
 
     def around_middle(self) -> jax.Array:
-        return self.product(self.tile("matrices", pl.ds(MIDDLE, 64)), self.g_own, TILE)
+        return self.middle.exponents(self.product.total(*self._of_middle()))
+
+    def _of_middle(self):
+        return self.middle.product(self.g_own, lambda i: self.tile("codes", i), lambda i: self.tile("matrices", i))
+
+    def around_middle_and_totals(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Exponents around the middle; exp of the gates summed over the second half of the chunk, and the first."""
+        halves = (([(self.g_own.T, self.tile("matrices", pl.ds(start, 8)).T)], (64, 8)) for start in (SECOND, FIRST))
+        D, *sums = self.product.several(self._of_middle(), *halves)
+        return self.middle.exponents(D), *(jnp.exp(jnp.max(x, axis=1)) for x in sums)
 
     def totals(self, start) -> jax.Array:
         """exp of the gates summed over one half of the chunk, per key channel of this warpgroup. [64]."""

@@ -1,7 +1,8 @@
 """What a chunk's pairs, and the states around it, give q, k and the gates: tier 1, and tiers 2 and 3.
 
 Both leave q and k gated for the products with states, dq and dk in their buffers (out_q, out_k), and return P^T (bf16),
-q dq - k dk of the pairs within the chunk but the diagonal, k (v dS^T) in bf16, and dS.
+q dq - k dk of the pairs within the chunk, k (v dS^T) in bf16, and dS in the frame of the state that entered, but for a
+last factor.
 """
 
 import jax.numpy as jnp
@@ -9,10 +10,11 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from . import gating
-from .anchors import FLOOR, right_half
+from .anchors import FLOOR
 from .backward_chunk import Walk
 from .tables import (
     DIAGONAL,
+    FIRST,
     LEVELS,
     LOWER,
     LOWER_IN_16,
@@ -22,7 +24,6 @@ from .tables import (
     UPPER,
     UPPER_IN_16,
     has,
-    has_all,
     level_of,
 )
 from .warpgroup import BF16, F32, ROW, TILE, WGMMA, along_rows, load, meet, pin, where
@@ -32,28 +33,28 @@ def tier_1(walk: Walk, step, dS, of_first, of_last, *, scale, packed):
     """All pairs around the middle, in whose frame the states are."""
     product, VB = walk.product, walk.value_block
     v = walk.at(step)
-    D = v.around_middle()
-    v.dS_own[...] = (dS * along_rows(v.totals(SECOND), (64, VB))).astype(BF16)
+    D, after, before = v.around_middle_and_totals()
+    dS = pin(dS * along_rows(after, (64, VB)))
+    v.dS_own[...] = dS.astype(BF16)
     gating.around_middle(v.q_own, v.k_own, D, scale)
     plgpu.commit_smem()
     meet(walk.barrier)
-    PT, dP = product.several(([(v.k, v.q.T)], TILE), ([(v.do, v.v.T)], TILE))
-    PT = pin(where(has(v.pairs(), UPPER | DIAGONAL), PT, 0.0).astype(BF16))
-    diagonal = jnp.sum(where(has(v.pairs(), DIAGONAL), dP, 0.0), axis=1)
+    PT, dPT = product.several(([(v.k, v.q.T)], TILE), ([(v.v, v.do.T)], TILE))
+    PT = pin(v.of_keys(PT))
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    v.limb[...] = where(has(v.pairs(), LOWER), dP, 0.0).astype(BF16)
+    v.limb[...] = v.of_keys(dPT)
     parked = VB > 64  # P^T waits where dq will be: dS and three accumulators leave no registers for it
     if parked:
         v.out_q[...] = PT
     plgpu.commit_smem()
     v = walk.at(step)
-    chains = [[(v.limb, v.k_own)], [(v.limb.T, v.q_own)], [(v.v, v.dS_own.T)]]
-    before = (v.do, v.S_own.T)
+    chains = [[(v.limb.T, v.k_own)], [(v.limb, v.q_own)], [(v.v, v.dS_own.T)]]
+    before_chunk = (v.do, v.S_own.T)
     if packed:
-        for_q, for_k, later, before = product.several(*((pairs, TILE) for pairs in [*chains, [before]]))
-        for_q, later = for_q + of_first(before), of_last(later)
+        for_q, for_k, later, past = product.several(*((pairs, TILE) for pairs in [*chains, [before_chunk]]))
+        for_q, later = for_q + of_first(past), of_last(later)
     else:
-        chains[0].append(before)
+        chains[0].append(before_chunk)
         for_q, for_k, later = product.several(*((pairs, TILE) for pairs in chains))
     v = walk.at(step)
     change = pin(load(v.k_own).astype(F32) * -for_k)
@@ -61,22 +62,19 @@ def tier_1(walk: Walk, step, dS, of_first, of_last, *, scale, packed):
     later = pin((load(v.k_own).astype(F32) * later).astype(BF16))
     v = walk.at(step)
     change = pin(change + load(v.q_own).astype(F32) * for_q)
-    diagonal = along_rows(diagonal, TILE)
-    for_k = pin(for_k + diagonal * load(v.q_own).astype(F32))
-    for_q = pin(for_q + diagonal * load(v.k_own).astype(F32))
     v = walk.at(step)
     D_again = v.around_middle()
     if parked:
         PT = pin(load(v.out_q))
-    v.out_q[...] = (for_q * (jnp.exp(D_again) * scale)).astype(BF16)
-    v.out_k[...] = (for_k * jnp.exp(-D_again)).astype(BF16)
-    return PT, change, later, dS
+    v.out_q[...] = (for_q * gating.exp2(D_again, scale)).astype(BF16)
+    v.out_k[...] = (for_k * jnp.exp2(-D_again)).astype(BF16)
+    return PT, change, later, dS, before
 
 
 def tiers_2_and_3(walk: Walk, step, within, dS, of_first, of_last, parking, *, scale):
-    """Level by level. Until the end out_k holds P^T, limb dP, and out_q q or k as gated; `parking(chunk)`, in device
-    memory, dS."""
-    product, barrier, W = walk.product, walk.barrier, walk.warpgroups
+    """Level by level. Until the end out_k holds P^T, limb dP (times the scale), and out_q q or k as gated;
+    `parking(chunk)`, in device memory, dS."""
+    product, barrier = walk.product, walk.barrier
     v = walk.at(step)
     parking(v)[...] = dS
     v.g_own[...] = jnp.maximum(load(v.g_own), jnp.asarray(FLOOR, BF16))
@@ -84,53 +82,55 @@ def tiers_2_and_3(walk: Walk, step, within, dS, of_first, of_last, parking, *, s
     zeros = plgpu.layout_cast(jnp.zeros(TILE, F32), WGMMA)
 
     v = walk.at(step)
-    dP, dPT = product.several(([(v.do, v.v.T)], TILE), ([(v.v, v.do.T)], TILE))
-    diagonal = jnp.sum(where(has(v.pairs(), DIAGONAL), dP, 0.0), axis=1)
+    dP, dPT, PT = product.several(([(v.do, v.v.T)], TILE), ([(v.v, v.do.T)], TILE), ([(v.k, v.q.T)], TILE))
+    diagonal = jnp.sum(where(has(v.pairs(), DIAGONAL), dP, 0.0), axis=1) * scale
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     both = where(has(v.pairs(), UPPER), dPT, where(has(v.pairs(), LOWER), dP, 0.0))
-    v.limb[...] = both.astype(BF16)
-    v.out_k[...] = zeros.astype(BF16)
+    v.limb[...] = (both * scale).astype(BF16)
+
+    v.out_k[...] = (PT * scale).astype(BF16)
+
+    def add_pairs(v, pairs, bits):
+        """(In float32: a select takes pairs of bf16 apart.)"""
+        v.out_k[...] = pin(where(has(v.pairs(), bits), pairs * scale, load(v.out_k).astype(F32))).astype(BF16)
 
     def chosen_dP(v, bits):
         """dP of some pairs, for either side of them; an operand in registers."""
         return where(has(v.pairs(), bits), load(v.limb), jnp.zeros((), BF16))
 
-    def add_pairs(v, pairs, chosen):
-        v.out_k[...] = where(chosen, pairs.astype(BF16), load(v.out_k))
-
     def level(i, carry):
         dq, dk, change = carry
         n = 5 - i
         v = walk.at(step)
-        right = right_half(n)
+        right = gating.right_rows(n)
+        of_q, of_k = (lax.bitcast_convert_type(x & jnp.int32(0x3F800000), F32) for x in (right, ~right))  # 1.0 or 0.0
         e = jnp.exp2(v.exponents(*level_of(n)))
-        q_or_k = where(right, load(v.q_own).astype(F32) * scale, load(v.k_own).astype(F32))
-        v.out_q[...] = (q_or_k * e).astype(BF16)
+        v.out_q[...] = (gating.halves(v.q_own, v.k_own, n).astype(F32) * e).astype(BF16)
         plgpu.commit_smem()
         Y = product(chosen_dP(v, 1 << n), v.out_q, TILE)
-        change = pin(change + Y * where(right, 1.0, -1.0) * load(v.out_q).astype(F32))
+        change = pin(change + Y * load(v.out_q).astype(F32) * along_rows(of_q - of_k, TILE))
         Y = Y * e
-        dq = pin(dq + where(right, Y, 0.0))
-        dk = pin(dk + where(right, 0.0, Y))
+        dq = pin(dq + Y * along_rows(of_q, TILE))
+        dk = pin(dk + Y * along_rows(of_k, TILE))
         meet(barrier)
         v = walk.at(step)
         pairs = product.total([(x, x.T) for x in v.out_q_of], TILE)
-        add_pairs(v, pairs, has_all(v.pairs(), UPPER | (1 << n)))
+        add_pairs(v, pairs, 1 << n)
         meet(barrier)
         return dq, dk, change
 
-    # dq is multiplied by the scale at the end.
+    # Of q and k as they came the diagonal is right, and no level takes it.
     dq, dk, change = lax.fori_loop(0, jnp.where(within, 2, 6), level, (zeros,) * 3)
 
     def bounded():
         """Blocks of 16 rows around their middles, without the diagonal."""
         v = walk.at(step)
         e = pin(gating.signed_in_16(v.exponents(*LEVELS[3])))
-        gating.blocks_of_16(v.q_own, v.k_own, v.out_q, v.dS_tile, e, scale)
+        gating.blocks_of_16(v.q_own, v.k_own, v.out_q, v.dS_tile, e)
         plgpu.commit_smem()
         meet(barrier)
         pairs = product.total([(x, y.T) for x, y in zip(v.dS_tile_of, v.out_q_of, strict=True)], TILE)
-        add_pairs(v, pairs, has(v.pairs(), UPPER_IN_16))
+        add_pairs(v, pairs, UPPER_IN_16)
         v = walk.at(step)
         for_q = product(chosen_dP(v, LOWER_IN_16), v.dS_tile, TILE)
         changed = pin(change + for_q * load(v.out_q).astype(F32))
@@ -146,17 +146,14 @@ def tiers_2_and_3(walk: Walk, step, within, dS, of_first, of_last, parking, *, s
     v = walk.at(step)
     dq = pin(dq + along_rows(diagonal, TILE) * load(v.k_own).astype(F32))
     v = walk.at(step)
-    dk = pin(dk + along_rows(diagonal * scale, TILE) * load(v.q_own).astype(F32))
+    dk = pin(dk + along_rows(diagonal, TILE) * load(v.q_own).astype(F32))
     v = walk.at(step)
-    w, rows_s = walk.warpgroup, walk.rows_s
-    rows_s.at[1, w][...] = jnp.sum(load(v.q_own).astype(F32) * load(v.k_own).astype(F32), axis=1) * scale
-    v = walk.at(step)
-    e = pin(jnp.exp2(v.exponents(*PREFIX)))
+    e = pin(jnp.exp2(v.exponents(*PREFIX)) * scale)
     v = walk.at(step)
     for_q = of_first(product(v.do, v.S_own.T, TILE))
-    v.out_q[...] = ((dq + for_q * e) * scale).astype(BF16)
+    v.out_q[...] = (dq + for_q * e).astype(BF16)
     v = walk.at(step)
-    gated = pin((load(v.q_own).astype(F32) * (e * scale)).astype(BF16))
+    gated = pin((load(v.q_own).astype(F32) * e).astype(BF16))
     change = pin(change + for_q * gated.astype(F32))
     v.q_own[...] = gated
     v = walk.at(step)
@@ -172,9 +169,8 @@ def tiers_2_and_3(walk: Walk, step, within, dS, of_first, of_last, parking, *, s
     plgpu.commit_smem()
     meet(barrier)
     v = walk.at(step)
-    total = load(rows_s.at[1, 0], ROW)
-    for j in range(1, W):
-        total = total + load(rows_s.at[1, j], ROW)
-    PT = pin(where(has(v.pairs(), DIAGONAL), along_rows(total, TILE).astype(BF16), load(v.out_k)))
+    PT = pin(v.of_keys(load(v.out_k)))
     v.out_k[...] = dk
-    return PT, change, later, load(parking(v), optimized=False)
+    whole = v.totals(FIRST) * v.totals(SECOND)
+    dS = load(parking(v), optimized=False) * along_rows(whole, (64, walk.value_block))
+    return PT, change, later, dS, plgpu.layout_cast(jnp.ones((64,), F32), ROW)

@@ -21,9 +21,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from . import forward_tiers
 from .anchors import CHUNK, beyond_limit
-from .gating import around_middle, half_sums
+from .gating import Middle, around_middle, half_sums
 from .pieces import WHOLE, Cut, Pieces, carry_in
-from .tables import DIAGONAL, LOWER, MATRIX_ROWS, MIDDLE, has
+from .tables import PAST, keep
 from .warpgroup import (
     BF16,
     COLUMN,
@@ -91,6 +91,7 @@ def forward(
     VW, blocks = max(VB // W, 64), V // VB
     has_state, packed = initial_state is not None, documents is not None
     interpreted = interpret is not None
+    middle = Middle(stored=W > 1)
 
     def kernel(*refs):
         refs = list(refs)
@@ -135,21 +136,21 @@ def forward(
         @pl.when(w == 0)
         def _():
             zero_s[0] = jnp.int32(0)
-            plgpu.copy_gmem_to_smem(codes_g, codes_s.at[0], tables_arrived)
-            plgpu.copy_gmem_to_smem(matrices_g, matrices_s.at[0], tables_arrived)
+            plgpu.copy_gmem_to_smem(codes_g.at[pl.ds(0, PAST + 1)], codes_s.at[0], tables_arrived)
+            plgpu.copy_gmem_to_smem(matrices_g.at[pl.ds(0, middle.rows)], matrices_s.at[0], tables_arrived)
 
         for step in range(min(stages, tiles.cut.shortest(T // CHUNK))):
             fetch(step)
         plgpu.barrier_wait(tables_arrived)
         meet(barrier)
 
-        def gate_products(gates, of_gates):
+        def gate_products(gates, table, of_gates):
             """Of this warpgroup's channels: exponents around the middle of the chunk, and sums over its halves."""
-            return ([(of_gates(pl.ds(MIDDLE, 64)), gates)], TILE), *half_sums(gates, of_gates)
+            return middle.product(gates, table, of_gates), *half_sums(gates, of_gates)
 
         def noted(D, *halves):
             """D, and exp of the halves' sums per row of the state, after noting where D exceeds its limit."""
-            rows_s.at[0, w][...] = beyond_limit(D)  # rows 0 and 63 are the largest exponents of tier 1
+            rows_s.at[0, w][...] = beyond_limit(D, middle.nat)  # rows 0 and 63 are the largest exponents of tier 1
             return D, *(jnp.exp(jnp.max(half, axis=1)) for half in halves)
 
         def note_tier(step, tier):
@@ -186,17 +187,16 @@ def forward(
 
             def tier_1():
                 entered = before * entering if packed else before
-                around_middle(q_own, k_own, D, scale)
+                around_middle(q_own, k_own, middle.exponents(D))
                 S_s(own)[...] = (S * along_rows(entered, (64, VB))).astype(BF16)
                 plgpu.commit_smem()
                 meet(barrier)
                 note_tier(step, 1)
-                P = where(has(load(table(0)), LOWER | DIAGONAL), product(q_c, k_c.T, TILE), 0.0)
-                return P.astype(BF16), entered, after
+                return keep(product(q_c, k_c.T, TILE), table(PAST)), entered, after
 
             def tiers_2_and_3():
                 P, whole = forward_tiers.tiers_2_and_3(
-                    q_own, k_own, gates, S_s, o_s, table, of_gates, rows_s, zero, w, value_block=VB, scale=scale,
+                    q_c, k_c, q_own, k_own, gates, S_s, o_s, table, of_gates, rows_s, w, value_block=VB,
                     product=product, barrier=barrier, agreed=agreed, note_tier=functools.partial(note_tier, step),
                 )  # fmt: skip
                 S_s(own)[...] = (S * entering if packed else S).astype(BF16)
@@ -240,7 +240,7 @@ def forward(
             @pl.when((w == 0) | (VB >= 64 * W))  # 64 columns are one warpgroup's work
             def _():
                 o = product.total([(q_c, S_s(slice(None), own_values)), (P, v_s.at[slot, :, own_values])], (64, VW))
-                o_s.at[w][...] = o.astype(BF16)
+                o_s.at[w][...] = (o * scale).astype(BF16)
                 plgpu.commit_smem()
                 out = pl.ds(block * VB + own_values.start, VW)
                 plgpu.copy_smem_to_gmem(o_s.at[w], o_g.at[b, pl.ds((first + step) * CHUNK, CHUNK), h, out])
@@ -253,7 +253,7 @@ def forward(
 
             # The gates of the next chunk come along with the state (after the last chunk: no matter).
             onto = S * along_rows(before, (64, VB))
-            gate = gate_products(g_s.at[following, :, own], of_gates)
+            gate = gate_products(g_s.at[following, :, own], table, of_gates)
             moved, *ahead = product.beside([(k_own.T, v_c)], onto, *gate)
             moved = moved * along_rows(after, (64, VB))
             ahead = noted(*ahead)
@@ -274,7 +274,8 @@ def forward(
         )  # fmt: skip
         document = documents_g[b, jnp.maximum(first * CHUNK - 1, 0)] if packed else jnp.int32(0)
         plgpu.barrier_wait(arrived.at[0])
-        gated = noted(*product.several(*gate_products(g_s.at[0, :, own], lambda rows: matrices_s.at[zero_s[0], rows])))
+        table, of_gates = (lambda *index, x=x: x.at[zero_s[0], *index] for x in (codes_s, matrices_s))
+        gated = noted(*product.several(*gate_products(g_s.at[0, :, own], table, of_gates)))
         plgpu.commit_smem()
         meet(barrier)
         S, *_ = lax.fori_loop(0, steps, chunk, (S, document, gated))
@@ -301,10 +302,10 @@ def forward(
         shared((stages, CHUNK, K)),
         shared((1, K, VB)),
         shared((W, CHUNK, VW)),
-        shared((1, 2, CHUNK, CHUNK), jnp.int16),
-        shared((1, MATRIX_ROWS, CHUNK)),
+        shared((1, PAST + 1, CHUNK, CHUNK), jnp.int16),
+        shared((1, middle.rows, CHUNK)),
         plgpu.SMEM((1,), jnp.int32),
-        plgpu.SMEM((3, W, 64), F32),
+        plgpu.SMEM((2, W, 64), F32),
         plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         plgpu.Barrier(num_arrivals=2),
         plgpu.Barrier(num_arrivals=W),

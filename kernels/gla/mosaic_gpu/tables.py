@@ -34,13 +34,15 @@ PAIRS = 0x7FF
 LEVELS = {0: (1, 14), 1: (0, 11), 2: (0, 12), 3: (0, 13), 4: (0, 14), 5: (1, 13)}
 PREFIX, SUFFIX = (1, 12), (1, 11)
 
-# Rows of `matrices`: exponents around the middle of the chunk, signed; 8 rows that sum its first half, 8 its second.
-MIDDLE, FIRST, SECOND = 0, 64, 72
-MATRIX_ROWS = 80
+# Tables that are masks, -1 or 0: of pairs (query i, key t) with t <= i, and of (key t, query i).
+PAST, FUTURE = 2, 3
+
+# Rows of `matrices`: 8 that sum the first half of the chunk, 8 its second; exponents around the middle, signed.
+FIRST, SECOND, MIDDLE = 0, 8, 16
 
 
 def codes() -> np.ndarray:
-    """The two tables, [2, 64, 64] int16; table 0 also has the bits of pairs.
+    """The tables, [4, 64, 64] int16; table 0 also has the bits of pairs, and 2 and 3 are PAST and FUTURE.
 
     (A constant of the program: made of jax operations it would be one more kernel to compile, and to launch each time.)
     """
@@ -54,19 +56,20 @@ def codes() -> np.ndarray:
     pairs = {1 << n: (apart >> n) == 1 for n in range(6)}
     pairs |= {DIAGONAL: i == t, LOWER: i > t, UPPER: i < t}
     pairs |= {LOWER_IN_16: (i > t) & (apart < 16), UPPER_IN_16: (i < t) & (apart < 16)}
-    tables = np.zeros((2, 64, 64), np.int16)
+    tables = np.zeros((4, 64, 64), np.int16)
     tables[0] = sum(np.where(set_, bit, 0) for bit, set_ in pairs.items())
     for (table, bit), set_ in matrices.items():
         tables[table] |= np.where(set_, 1 << bit, 0).astype(np.int16)
+    tables[PAST], tables[FUTURE] = -(t <= i).astype(np.int16), -(t >= i).astype(np.int16)
     return tables
 
 
 def matrices() -> np.ndarray:
-    """[80, 64] bf16: see MIDDLE, FIRST and SECOND."""
+    """[80, 64] bf16: see FIRST, SECOND and MIDDLE."""
     i, t = np.arange(64)[:, None], np.arange(64)[None]
-    middle = 1.0 * ((t >= 32) & (t <= i)) - 1.0 * ((t < 32) & (t > i))
     halves = [np.broadcast_to(1.0 * rows, (8, 64)) for rows in (t < 32, t >= 32)]
-    return np.concatenate([middle, *halves]).astype(BF16)
+    middle = 1.0 * ((t >= 32) & (t <= i)) - 1.0 * ((t < 32) & (t > i))
+    return np.concatenate([*halves, middle]).astype(BF16)
 
 
 def document_codes(codes: jax.Array, documents: jax.Array) -> jax.Array:
@@ -91,13 +94,25 @@ def to_exponents(bit):
     return jnp.where(bit < 13, jnp.where(bit == 11, values[0], values[1]), jnp.where(bit == 13, values[2], values[3]))
 
 
+def bits_of(code: jax.Array, bits) -> jax.Array:
+    """`bits` of pairs that a code has, as a number in bf16: 2 where none, else more."""
+    return lax.bitcast_convert_type((code & mask(bits)) | jnp.int16(0x4000), BF16)
+
+
 def has(code: jax.Array, bits) -> jax.Array:
-    """Where a code has any of `bits`."""
-    return (code & mask(bits)) != jnp.int16(0)
+    """Where a code has any of `bits`, which are bits of pairs. (One comparison of bf16 is two of 16-bit integers.)"""
+    return bits_of(code, bits) > jnp.asarray(2, BF16)
 
 
-def has_all(code: jax.Array, bits) -> jax.Array:
-    return (code & mask(bits)) == mask(bits)
+def keep(x: jax.Array, mask_s) -> jax.Array:
+    """x in bf16 where a table in shared memory is -1, else 0. (A select would take pairs of bf16 apart.)"""
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(x.astype(BF16), jnp.int16) & load(mask_s), BF16)
+
+
+def ones(mask_s, where=True) -> jax.Array:
+    """A register operand of `wgmma`: 1 where a table is -1 (or, of `where` False, 0), else 0."""
+    table = load(mask_s) if where else ~load(mask_s)
+    return lax.bitcast_convert_type(table & jnp.int16(0x3F80), BF16)
 
 
 def matrix(table_s, bit) -> jax.Array:

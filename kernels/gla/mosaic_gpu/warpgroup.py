@@ -135,6 +135,22 @@ class Products:
         zeros = (plgpu.layout_cast(jnp.zeros(shape, F32), WGMMA) for _, shape in chains)
         return pl.run_state(run)([plgpu.ACC.init(x) for x in (onto, *zeros)])
 
+    def during(self, first, work, later) -> tuple:
+        """`total` of `first`, which is under way while `work()` makes the operands of a second product, and that; both
+        are while `later()`, whose result is the last. Each a (pairs, shape); pairs of `first` are at hand."""
+        if self.spare is not None:
+            return self.total(*first), self.total(*work()), later()
+
+        def run(accumulator, second):
+            for a, b in first[0]:
+                plgpu.wgmma(accumulator, a, b)
+            for a, b in work()[0]:
+                plgpu.wgmma(second, a, b)
+            after = later()
+            return accumulator[...], second[...], after
+
+        return pl.run_scoped(run, plgpu.ACC(first[1], F32), plgpu.ACC(TILE, F32))
+
     def _interpreted(self, pairs, shape, onto):
         total = onto
         for a, b in pairs:
