@@ -11,6 +11,8 @@ from glax.data import ValidationBatches
 from glax.training.sharding import place_batch
 from glax.training.state import Parameters
 
+AHEAD = 3  # batches under way: all would wait in memory, and fill the queues of processes that wait for each other
+
 
 def validate(
     loss: Callable[[Parameters, dict], Float[Array, ""]], params: Parameters, batches: ValidationBatches, mesh: Mesh
@@ -19,7 +21,10 @@ def validate(
 
     ``loss(params, batch)`` is the summed loss of a batch. Bits per byte charges the end tokens of documents too.
     """
-    sums = [loss(params, place_batch(batch, mesh)) for batch in batches]
+    sums = []
+    for batch in batches:
+        sums.append(loss(params, place_batch(batch, mesh)))
+        jax.block_until_ready(sums[-AHEAD:][0])
     total = math.fsum(float(part) for part in jax.device_get(sums))
     mean = total / batches.num_tokens
     return {
