@@ -93,10 +93,11 @@ def backward(
     G, V = v.shape[2:]
     N, W, VB = tiles.cut.pieces, tiles.warpgroups, tiles.value_block
     VW = max(VB // W, 64)  # value columns of one warpgroup's dv; with VB = 64 the first warpgroup does them all
+    each_has_values = VB > 64 or W == 1
     value_blocks = V // VB
     has_final, packed = final_gradient is not None, documents is not None
     interpreted = interpret is not None
-    # Where two warpgroups leave one block to a multiprocessor registers are scarcer than shared memory, and full it is.
+    # Two warpgroups are short of registers more than of shared memory, which then has no room for FUTURE.
     middle = Middle(stored=W > 1)
     masks = not (packed or middle.stored)
 
@@ -223,7 +224,7 @@ def backward(
                 plgpu.copy_smem_to_gmem(v.limb, dv_g.at[v.b, v.rows, v.h, pl.ds(v.vb * VB + part.start, 64)])
 
             v = walk.at(step)
-            if VW == 64 and (VB > 64 or W == 1) and not packed:
+            if each_has_values and VW == 64 and not packed:
                 do, of_dS = (v.tile(name, slice(None), own_values) for name in ("do", "dS"))
                 dS, dv = product.beside([(v.q_own.T, v.do)], dS, ([(PT, do), (v.k, of_dS)], TILE))
                 send_dv(dv, own_values)
@@ -246,7 +247,7 @@ def backward(
                 v = walk.at(step)
                 dS = product(v.q_own.T, v.do, (64, VB), onto=dS) * along_rows(before, (64, VB))
             # out_q and out_k are read (what may be under way is the last dv).
-            plgpu.wait_smem_to_gmem(int(VB > 64 or W == 1), wait_read_only=True)
+            plgpu.wait_smem_to_gmem(int(each_has_values), wait_read_only=True)
             plgpu.commit_smem()
             meet(barrier)
 

@@ -9,9 +9,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from .anchors import CHUNK
-from .gating import Middle
+from .gating import Middle, half_sums
 from .pieces import Cut
-from .tables import DIAGONAL, FIRST, LOWER, SECOND, UPPER, has, keep, matrix, ones, to_exponents
+from .tables import DIAGONAL, LOWER, UPPER, has, keep, matrix, ones, to_exponents
 from .warpgroup import BF16, TILE, Products, load, pin, split, where
 
 MASK = 2
@@ -72,9 +72,9 @@ class Chunk:
         self.dS_own = tile("dS", own)
         self.out_q, self.out_k, self.limb = (tile("out", w, n) for n in range(3))
         self.out_q_of = [tile("out", j, 0) for j in everyone]
-        # The first 64 columns of a state, as a tile for something else.
+        # The first 64 columns of dS, as a tile for something else.
         first = pl.ds(0, 64)
-        self.S_tile, self.dS_tile = tile("S", own, first), tile("dS", own, first)
+        self.dS_tile = tile("dS", own, first)
         self.dS_tile_of = [tile("dS", pl.ds(64 * j, 64), first) for j in everyone]
         self.product, self.middle, self.masks = walk.product, walk.middle, walk.masks
 
@@ -105,8 +105,8 @@ class Chunk:
 
     def around_middle_and_totals(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Exponents around the middle; exp of the gates summed over the second half of the chunk, and the first."""
-        halves = (([(self.g_own.T, self.tile("matrices", pl.ds(start, 8)).T)], (64, 8)) for start in (SECOND, FIRST))
-        D, *sums = self.product.several(self._of_middle(), *halves)
+        first, second = half_sums(self.g_own, lambda rows: self.tile("matrices", rows))
+        D, *sums = self.product.several(self._of_middle(), second, first)
         return self.middle.exponents(D), *(jnp.exp(jnp.max(x, axis=1)) for x in sums)
 
     def totals(self, start) -> jax.Array:

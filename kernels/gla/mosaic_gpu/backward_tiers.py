@@ -87,7 +87,6 @@ def tiers_2_and_3(walk: Walk, step, within, dS, of_first, of_last, parking, *, s
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     both = where(has(v.pairs(), UPPER), dPT, where(has(v.pairs(), LOWER), dP, 0.0))
     v.limb[...] = (both * scale).astype(BF16)
-
     v.out_k[...] = (PT * scale).astype(BF16)
 
     def add_pairs(v, pairs, bits):

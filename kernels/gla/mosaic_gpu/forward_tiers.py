@@ -16,6 +16,7 @@ from .tables import (
     PAST,
     PREFIX,
     SUFFIX,
+    any_of,
     bits_of,
     has,
     keep,
@@ -67,13 +68,13 @@ def tiers_2_and_3(
             S(own, columns)[...] = (q_or_k.astype(F32) * jnp.exp2(e)).astype(BF16)
             plgpu.commit_smem()
             meet(barrier)
-            return [(x, x.T) for x in (S(pl.ds(64 * j, 64), columns) for j in range(W))], TILE
+            return [(x, x.T) for x in (S(pl.ds(64 * j, 64), columns) for j in range(W))]
 
         def beside():
             return pin(gating.halves(q, k, coming)), pin(bits_of(load(codes(0)), jnp.left_shift(2, n) - 1))
 
         D, pairs, (q_or_k, taken) = product.during(sums(*level_of(coming)), gate, beside)
-        P = pin(where(taken > jnp.asarray(2, BF16), pairs, P))
+        P = pin(where(any_of(taken), pairs, P))
         if not wide:
             meet(barrier)
         return P, D, q_or_k

@@ -136,15 +136,15 @@ class Products:
         return pl.run_state(run)([plgpu.ACC.init(x) for x in (onto, *zeros)])
 
     def during(self, first, work, later) -> tuple:
-        """`total` of `first`, which is under way while `work()` makes the operands of a second product, and that; both
-        are while `later()`, whose result is the last. Each a (pairs, shape); pairs of `first` are at hand."""
+        """`total` of `first`, a (pairs, shape), which is under way while `work()` makes the pairs of a second product,
+        of TILE, and that; both are while `later()`, whose result is the last."""
         if self.spare is not None:
-            return self.total(*first), self.total(*work()), later()
+            return self.total(*first), self.total(work(), TILE), later()
 
         def run(accumulator, second):
             for a, b in first[0]:
                 plgpu.wgmma(accumulator, a, b)
-            for a, b in work()[0]:
+            for a, b in work():
                 plgpu.wgmma(second, a, b)
             after = later()
             return accumulator[...], second[...], after
