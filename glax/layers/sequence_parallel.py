@@ -1,10 +1,13 @@
-"""Token mixing where the sequence may be shared out over devices: plain calls where it is not, else shard by shard."""
+"""Token mixing over a mesh, shard by shard: of batch, heads and channels, and of the sequence where it is cut."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from flax.core import spmd
+from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from kernels import selective_scan, short_convolution
@@ -44,12 +47,10 @@ def linear_attention(
         run = operator if axis is None else functools.partial(linear_attention_over, axis, operator)
         return run(q, k, v, log_decay, initial_state=state, segment_ids=segment_ids, **options)
 
-    if axis is not None:
-        heads, groups, states = (*TOKENS, "heads", None), (*TOKENS, "kv_heads", None), ("batch", "heads", None, None)
-        decay = {4: groups, 3: (*TOKENS, "heads"), 1: ("heads",)}[log_decay.ndim]
-        outputs = heads if state is None else (heads, states)
-        shard = _by_shard(shard, (heads, groups, groups, decay, states, TOKENS), outputs)
-    o = shard(q, k, v, log_decay, state, segment_ids)
+    heads, groups, states = (*TOKENS, "heads", None), (*TOKENS, "kv_heads", None), ("batch", "heads", None, None)
+    decay = {4: groups, 3: (*TOKENS, "heads"), 1: ("heads",)}[log_decay.ndim]
+    inputs, outputs = (heads, groups, groups, decay, states, TOKENS), heads if state is None else (heads, states)
+    o = _by_shard(shard, (q, k, v, log_decay, state, segment_ids), inputs, outputs)
     return (o, None) if state is None else o
 
 
@@ -73,11 +74,10 @@ def state_space(
         run = selective_scan if axis is None else functools.partial(selective_scan_over, axis)
         return run(x, dt, A, B, C, D, initial_state=state, segment_ids=segment_ids, **options)
 
-    if axis is not None:
-        channels, written, states = (*TOKENS, "mlp"), (*TOKENS, None), ("batch", "mlp", None)
-        inputs = (channels, channels, ("mlp", None), written, written, ("mlp",), states, TOKENS)
-        shard = _by_shard(shard, inputs, channels if state is None else (channels, states))
-    y = shard(x, dt, A, B, C, D, state, segment_ids)
+    channels, written, states = (*TOKENS, "mlp"), (*TOKENS, None), ("batch", "mlp", None)
+    inputs = (channels, channels, ("mlp", None), written, written, ("mlp",), states, TOKENS)
+    outputs = channels if state is None else (channels, states)
+    y = _by_shard(shard, (x, dt, A, B, C, D, state, segment_ids), inputs, outputs)
     return (y, None) if state is None else y
 
 
@@ -101,8 +101,9 @@ def convolution(
         def shard(x, weight, bias, segment_ids):
             return short_convolution_over(sequence, x, weight, bias=bias, segment_ids=segment_ids)
 
-        run = _by_shard(shard, ((*TOKENS, axis), (axis, None), (axis,), TOKENS), (*TOKENS, axis))
-        return run(x, weight, bias, segment_ids), None
+        channels = (*TOKENS, axis)
+        inputs = (channels, (axis, None), (axis,), TOKENS)
+        return _by_shard(shard, (x, weight, bias, segment_ids), inputs, channels), None
     options = {"segment_ids": segment_ids, "lengths": lengths, "return_final_state": state is not None}
     y = short_convolution(x, weight, bias=bias, initial_state=state, **options)
     return (y, None) if state is None else y
@@ -123,15 +124,31 @@ def softmax_attention(
         return softmax_attention_over(axis, q, k, v, segments=segments, window=window)
 
     heads, groups = (*TOKENS, "heads", None), (*TOKENS, "kv_heads", None)
-    return _by_shard(shard, (heads, groups, groups, TOKENS), heads)(q, k, v, segments)
+    return _by_shard(shard, (q, k, v, segments), (heads, groups, groups, TOKENS), heads)
 
 
-def _by_shard(run: Callable, inputs: Sequence[tuple], outputs: tuple) -> Callable:
-    """``run`` on each device's share of arrays with these logical axes (None among the arguments has any)."""
+def _by_shard(run: Callable, arrays: Sequence, inputs: Sequence[tuple], outputs: tuple) -> Any:
+    """``run(*arrays)``, on a mesh of several devices on each one's share; ``inputs`` and ``outputs``: logical axes.
+
+    Inside ``shard_map`` a block's kernels are lowered with the block, once for all blocks. A plain call under a mesh is
+    partitioned by the compiler, which lowers the kernels of every layer again; it stays where the mesh does not divide
+    an array, such as a batch of one row, which has no equal shares. None among the arrays stays None.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or not spmd.get_logical_axis_rules():
+        return run(*arrays)
 
     def specs(axes):
         several = any(isinstance(names, tuple) for names in axes)
         return tuple(map(specs, axes)) if several else spmd.apply_rules(axes, None)
 
+    in_specs = specs(inputs)
+    if sequence_axis() is None and not all(map(functools.partial(_divides, mesh), arrays, in_specs)):
+        return run(*arrays)
     # Pallas' GPU kernels do not trace where shard_map checks what varies.
-    return jax.shard_map(run, in_specs=specs(inputs), out_specs=specs(outputs), check_vma=False)
+    return jax.shard_map(run, in_specs=in_specs, out_specs=specs(outputs), check_vma=False)(*arrays)
+
+
+def _divides(mesh: AbstractMesh, x: Array | None, spec: PartitionSpec) -> bool:
+    ways = [math.prod(mesh.shape[axis] for axis in ((over,) if isinstance(over, str) else over or ())) for over in spec]
+    return x is None or all(size % n == 0 for size, n in zip(x.shape, ways, strict=True))

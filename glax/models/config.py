@@ -107,7 +107,7 @@ class ModelConfig:
 
     unroll_layers: bool | None = None
     """Run stacked blocks one by one, which is faster and needs less memory than a scan over them, but compiles longer.
-    None: where a step runs on one GPU."""
+    None: on GPUs, but for full remat on several."""
 
     implementation: str | None = None
     """Kernel of the recurrent mixers. None: the fastest that runs here."""

@@ -88,7 +88,7 @@ def test_scan_and_remat_change_nothing(plain, changes: dict):
         np.testing.assert_allclose(gradient, plain[1][name], atol=2e-6, err_msg=name)
 
 
-def test_one_gpu_runs_stacked_blocks_one_by_one(monkeypatch):
+def test_gpus_run_stacked_blocks_one_by_one(monkeypatch):
     """And however many there are, one is traced."""
     config = dataclasses.replace(TINY, scan_layers=True, mixer="attention", attention_layers=(), attention_window=None)
     model = jax.eval_shape(lambda: model_of(config))
@@ -104,8 +104,10 @@ def test_one_gpu_runs_stacked_blocks_one_by_one(monkeypatch):
     traced.clear()
     assert not scans(model) and traced == [1]
     mesh = jax.sharding.AbstractMesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    with jax.sharding.use_abstract_mesh(mesh):  # each layer's kernels would be partitioned anew
-        assert scans(model)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced.clear()
+        assert not scans(model) and traced == [1]
+        assert scans(jax.eval_shape(lambda: model_of(dataclasses.replace(config, remat="full"))))
 
 
 def test_remat_keeps_less():

@@ -15,6 +15,7 @@ import glax.layers.gated_linear_attention as gla_layer
 from glax.data import prepare, train_batches
 from glax.errors import UserError
 from glax.layers import Mamba
+from glax.layers.sequence_parallel import linear_attention
 from glax.training import MeshConfig
 from glax.training.loop import choose_microbatches, plan_and_trace
 from glax.training.sharding import check_divisible, make_mesh, place_batch, use_mesh
@@ -142,15 +143,14 @@ def test_no_token_array_is_gathered(steps_on, mesh: str):
 
 @pytest.mark.parametrize("operand", [0, 3], ids=["q", "log_alpha"])
 def test_a_gathered_operand_is_found(tiny_config, monkeypatch, request, operand: int):
-    """The search above sees what it looks for: one operand of the operator replicated on purpose."""
-    operator = gla_layer.gated_linear_attention
+    """The search above sees what it looks for: one operand, replicated on purpose before shares of it are taken."""
 
-    def replicating(*operands, **options):
+    def replicating(operator, *operands, **options):
         operands = list(operands)
         operands[operand] = jax.lax.with_sharding_constraint(operands[operand], PartitionSpec())
-        return operator(*operands, **options)
+        return linear_attention(operator, *operands, **options)
 
-    monkeypatch.setattr(gla_layer, "gated_linear_attention", replicating)
+    monkeypatch.setattr(gla_layer, "linear_attention", replicating)
     jax.clear_caches()  # blocks that were traced before
     request.addfinalizer(jax.clear_caches)
     config = tiny_config(mesh=MeshConfig(fsdp=8))
