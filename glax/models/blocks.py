@@ -177,8 +177,8 @@ class Stack(nnx.Module):
 
     As one scan it compiles once for all layers, but what the backward pass needs is copied into stacks of all layers
     and out again; ``unroll`` leaves the blocks one by one to the compiler. None: on GPUs, where no state is carried on;
-    but with full remat, which leaves little to copy, a mesh scans. There XLA would run ahead in other layers to hide
-    what is sent, and hold what it is not to hold: twice the memory of a scan at 7 B parameters over 64 GPUs.
+    but with full remat, which leaves little to copy, a mesh scans, as fast. One by one XLA would run ahead in other
+    layers to hide what is sent, and hold what it is not to hold: twice a scan's memory at 7 B parameters over 64 GPUs.
     """
 
     def __init__(self, make: Callable[[PRNGKeyArray], Block], keys: Key[Array, "layers"], *, unroll: bool | None):
