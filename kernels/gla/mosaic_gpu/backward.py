@@ -34,6 +34,7 @@ from .tables import FUTURE, document_codes
 from .warpgroup import (
     BF16,
     COLUMN,
+    COMPILER,
     F32,
     ROW,
     TILE,
@@ -43,6 +44,7 @@ from .warpgroup import (
     along_rows,
     load,
     meet,
+    settle,
     shared,
     where,
 )
@@ -170,7 +172,6 @@ def backward(
             dS, document, tier = carry  # gradient of the state that leaves the chunk, and the document it goes to
             step = steps - 1 - i
             v = walk.at(step)
-            next_tier = tiers_g[v.b, v.h, jnp.maximum(v.chunk - 1, 0)]
             plgpu.barrier_wait(arrived)
             if packed:
                 opens, closes = documents_s[0], documents_s[63]
@@ -214,7 +215,7 @@ def backward(
 
                 @pl.when(opens != closes)
                 def _():
-                    meet(barrier)
+                    settle(barrier)
                     v.q_own[...] = of_first(load(v.q_own).astype(F32)).astype(BF16)
                     plgpu.commit_smem()
 
@@ -255,6 +256,8 @@ def backward(
             def _():
                 fetch(step - 1)
 
+            next_tier = tiers_g[v.b, v.h, jnp.maximum(v.chunk - 1, 0)]
+
             # Gate gradient: sums within the chunk as products, of float32 values as two bf16 limbs where terms cancel,
             # while the next chunk arrives. Tiles that are no part of it take the operands.
             v = walk.at(step)
@@ -275,6 +278,7 @@ def backward(
             )
             if packed:  # no pair spans a gate between documents: what is left there is rounding
                 dg = dg * plgpu.layout_cast(along_rows(load(goes_on_s, ROW), TILE), WGMMA)
+            settle()
             v.out_q[...] = dg.astype(BF16)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(v.out_q, dg_g.at[v.vb, v.b, v.rows, v.h, v.own])
@@ -341,7 +345,7 @@ def backward(
         kernel_name="gla_backward",
         num_threads=W,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=COMPILER,
         **({"interpret": interpret} if interpreted else {}),
     )
 

@@ -71,11 +71,10 @@ class Chunk:
         self.S_own, self.S_of = tile("S", own), [tile("S", pl.ds(64 * j, 64)) for j in everyone]
         self.dS_own = tile("dS", own)
         self.out_q, self.out_k, self.limb = (tile("out", w, n) for n in range(3))
-        self.out_q_of = [tile("out", j, 0) for j in everyone]
+        self.out_k_of = [tile("out", j, 1) for j in everyone]
         # The first 64 columns of dS, as a tile for something else.
         first = pl.ds(0, 64)
         self.dS_tile = tile("dS", own, first)
-        self.dS_tile_of = [tile("dS", pl.ds(64 * j, 64), first) for j in everyone]
         self.product, self.middle, self.masks = walk.product, walk.middle, walk.masks
 
     def pairs(self) -> jax.Array:

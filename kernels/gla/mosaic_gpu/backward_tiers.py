@@ -26,7 +26,7 @@ from .tables import (
     has,
     level_of,
 )
-from .warpgroup import BF16, F32, ROW, TILE, WGMMA, along_rows, load, meet, pin, where
+from .warpgroup import BF16, F32, ROW, TILE, WGMMA, along_rows, load, meet, pin, settle, where
 
 
 def tier_1(walk: Walk, step, dS, of_first, of_last, *, scale, packed):
@@ -43,9 +43,7 @@ def tier_1(walk: Walk, step, dS, of_first, of_last, *, scale, packed):
     PT = pin(v.of_keys(PT))
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     v.limb[...] = v.of_keys(dPT)
-    parked = VB > 64  # P^T waits where dq will be: dS and three accumulators leave no registers for it
-    if parked:
-        v.out_q[...] = PT
+    v.out_q[...] = PT  # waits where dq will be: dS and three accumulators leave no registers for it
     plgpu.commit_smem()
     v = walk.at(step)
     chains = [[(v.limb.T, v.k_own)], [(v.limb, v.q_own)], [(v.v, v.dS_own.T)]]
@@ -64,16 +62,15 @@ def tier_1(walk: Walk, step, dS, of_first, of_last, *, scale, packed):
     change = pin(change + load(v.q_own).astype(F32) * for_q)
     v = walk.at(step)
     D_again = v.around_middle()
-    if parked:
-        PT = pin(load(v.out_q))
+    PT = pin(load(v.out_q))
     v.out_q[...] = (for_q * gating.exp2(D_again, scale)).astype(BF16)
     v.out_k[...] = (for_k * jnp.exp2(-D_again)).astype(BF16)
     return PT, change, later, dS, before
 
 
 def tiers_2_and_3(walk: Walk, step, within, dS, of_first, of_last, parking, *, scale):
-    """Level by level. Until the end out_k holds P^T, limb dP (times the scale), and out_q q or k as gated;
-    `parking(chunk)`, in device memory, dS."""
+    """Level by level, each warpgroup for itself. Until the end out_k holds what its key channels make of P^T, limb dP
+    (times the scale), and out_q q or k as gated; `parking(chunk)`, in device memory, dS."""
     product, barrier = walk.product, walk.barrier
     v = walk.at(step)
     parking(v)[...] = dS
@@ -82,7 +79,7 @@ def tiers_2_and_3(walk: Walk, step, within, dS, of_first, of_last, parking, *, s
     zeros = plgpu.layout_cast(jnp.zeros(TILE, F32), WGMMA)
 
     v = walk.at(step)
-    dP, dPT, PT = product.several(([(v.do, v.v.T)], TILE), ([(v.v, v.do.T)], TILE), ([(v.k, v.q.T)], TILE))
+    dP, dPT, PT = product.several(([(v.do, v.v.T)], TILE), ([(v.v, v.do.T)], TILE), ([(v.k_own, v.q_own.T)], TILE))
     diagonal = jnp.sum(where(has(v.pairs(), DIAGONAL), dP, 0.0), axis=1) * scale
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     both = where(has(v.pairs(), UPPER), dPT, where(has(v.pairs(), LOWER), dP, 0.0))
@@ -104,18 +101,16 @@ def tiers_2_and_3(walk: Walk, step, within, dS, of_first, of_last, parking, *, s
         right = gating.right_rows(n)
         of_q, of_k = (lax.bitcast_convert_type(x & jnp.int32(0x3F800000), F32) for x in (right, ~right))  # 1.0 or 0.0
         e = jnp.exp2(v.exponents(*level_of(n)))
-        v.out_q[...] = (gating.halves(v.q_own, v.k_own, n).astype(F32) * e).astype(BF16)
+        v.out_q[...] = gating.halves(v.q_own, v.k_own, n) * e.astype(BF16)
         plgpu.commit_smem()
         Y = product(chosen_dP(v, 1 << n), v.out_q, TILE)
         change = pin(change + Y * load(v.out_q).astype(F32) * along_rows(of_q - of_k, TILE))
         Y = Y * e
         dq = pin(dq + Y * along_rows(of_q, TILE))
         dk = pin(dk + Y * along_rows(of_k, TILE))
-        meet(barrier)
         v = walk.at(step)
-        pairs = product.total([(x, x.T) for x in v.out_q_of], TILE)
-        add_pairs(v, pairs, 1 << n)
-        meet(barrier)
+        add_pairs(v, product(v.out_q, v.out_q.T, TILE), 1 << n)
+        settle()
         return dq, dk, change
 
     # Of q and k as they came the diagonal is right, and no level takes it.
@@ -127,9 +122,7 @@ def tiers_2_and_3(walk: Walk, step, within, dS, of_first, of_last, parking, *, s
         e = pin(gating.signed_in_16(v.exponents(*LEVELS[3])))
         gating.blocks_of_16(v.q_own, v.k_own, v.out_q, v.dS_tile, e)
         plgpu.commit_smem()
-        meet(barrier)
-        pairs = product.total([(x, y.T) for x, y in zip(v.dS_tile_of, v.out_q_of, strict=True)], TILE)
-        add_pairs(v, pairs, UPPER_IN_16)
+        add_pairs(v, product(v.dS_tile, v.out_q.T, TILE), UPPER_IN_16)
         v = walk.at(step)
         for_q = product(chosen_dP(v, LOWER_IN_16), v.dS_tile, TILE)
         changed = pin(change + for_q * load(v.out_q).astype(F32))
@@ -140,8 +133,14 @@ def tiers_2_and_3(walk: Walk, step, within, dS, of_first, of_last, parking, *, s
         return dq_more, pin(dk + for_k * jnp.exp2(-e)), changed
 
     dq, dk, change = lax.cond(within, bounded, lambda: (dq, dk, change))
-    meet(barrier)
+    if walk.warpgroups > 1:
+        plgpu.commit_smem()
+    settle(barrier)
 
+    if walk.warpgroups > 1:  # P^T is the sum of all, in the place of dP
+        v = walk.at(step)
+        one = where(has(v.pairs(), DIAGONAL), 1.0, 0.0).astype(BF16)
+        v.limb[...] = product.total([(one, x) for x in v.out_k_of], TILE).astype(BF16)
     v = walk.at(step)
     dq = pin(dq + along_rows(diagonal, TILE) * load(v.k_own).astype(F32))
     v = walk.at(step)
@@ -163,12 +162,12 @@ def tiers_2_and_3(walk: Walk, step, within, dS, of_first, of_last, parking, *, s
     for_k = of_last(product(v.v, v.dS_own.T, TILE))
     dk = pin((dk + for_k * e).astype(BF16))
     gated = pin((load(v.k_own).astype(F32) * e).astype(BF16))
-    later = pin((for_k * gated.astype(F32)).astype(BF16))
     v.k_own[...] = gated
+    later = pin((for_k * load(v.k_own).astype(F32)).astype(BF16))
     plgpu.commit_smem()
     meet(barrier)
     v = walk.at(step)
-    PT = pin(v.of_keys(load(v.out_k)))
+    PT = pin(v.of_keys(load(v.limb if walk.warpgroups > 1 else v.out_k)))
     v.out_k[...] = dk
     whole = v.totals(FIRST) * v.totals(SECOND)
     dS = load(parking(v), optimized=False) * along_rows(whole, (64, walk.value_block))

@@ -43,6 +43,7 @@ from .halving import (
 from .warpgroup import (
     BF16,
     COLUMN,
+    COMPILER,
     F32,
     ROW,
     TILE,
@@ -53,6 +54,7 @@ from .warpgroup import (
     iota,
     load,
     pin,
+    settle,
     shared,
     split,
     where,
@@ -103,6 +105,7 @@ def pair_gradients(do, v, *, documents=None, interpret=None):
             slot = lax.rem(step, stages)
             plgpu.barrier_wait(arrived.at[slot])
             dP = Products(below_s if interpreted else None)(do_s.at[slot], v_s.at[slot].T, TILE, onto=dP)
+            settle()
 
             @pl.when(step + stages < slices)
             def _():
@@ -138,6 +141,7 @@ def pair_gradients(do, v, *, documents=None, interpret=None):
         grid=(B * H * chunks,),
         grid_names=("block",),
         kernel_name="gla_pair_gradients",
+        compiler_params=COMPILER,
         **({"interpret": interpret} if interpreted else {}),
     )(do, v, *([documents] if packed else []))
 
@@ -238,8 +242,9 @@ def finish(
 
             @pl.when(step + 1 < steps)
             def _():
-                fetch_carried(step + 1, dq_carried_g, dq_s, dq_arrived)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                settle()
+                fetch_carried(step + 1, dq_carried_g, dq_s, dq_arrived)
                 fetch(step + 1)
 
             @pl.when(c == 0)
@@ -258,6 +263,7 @@ def finish(
                 weight = jnp.exp(e)
                 high = pin((raw_q() * weight).astype(BF16))
                 change, dq = pin(change + high.astype(F32) * for_q), pin(dq + for_q * weight)
+                settle()
                 tile_s[...] = high
                 plgpu.commit_smem()
                 for_k = product(masked_pairs(pairs_above(table_s, n)), tile_s, TILE)
@@ -282,19 +288,20 @@ def finish(
                 product, g_c, table_s, worst_s, bounded, level, (dq, zeros, change), down_to=0
             )  # fmt: skip
 
-            @pl.when((c == slices - 1) & (step + 1 < steps))
-            def _():
-                fetch_pairs(chunk + 1)
-
             dq = pin(((dq + diagonal() * raw_k()) * scale).astype(BF16))
             from_after = carried(dk_s, dk_arrived, SUFFIX, lambda: of_rows(own_factors, REACHING))
             later = pin((raw_k() * from_after).astype(BF16))
             dk = ((dk + diagonal() * raw_q()) * scale + from_after).astype(BF16)
             q_c[...], k_c[...] = dq, dk
+            settle()
 
             @pl.when(step + 1 < steps)
             def _():
                 fetch_carried(step + 1, dk_carried_g, dk_s, dk_arrived)
+
+                @pl.when(c == slices - 1)
+                def _():
+                    fetch_pairs(chunk + 1)
 
             # Sums within the chunk are products with ones, in two bf16 limbs where terms of both signs cancel.
             change = change * scale
@@ -306,6 +313,7 @@ def finish(
                 before = (table_s[...] & jnp.int16(LOWER)) != jnp.int16(0)
                 ones = where(before, 1.0, 0.0) if earlier else where(before, 0.0, 1.0)
                 dg = product(ones.astype(BF16), tile_s, TILE, onto=dg)
+                settle()
             dg = where(g_c[...].astype(F32) > FLOOR, dg, 0.0)
             dg = dg * of_rows(own_factors, GOES_ON) if packed else dg
             g_c[...] = dg.astype(BF16)
@@ -333,6 +341,6 @@ def finish(
         grid=(B * H * blocks,),
         grid_names=("block",),
         kernel_name="gla_finish",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=COMPILER,
         **({"interpret": interpret} if interpreted else {}),
     )(*operands, *([documents] if packed else []))

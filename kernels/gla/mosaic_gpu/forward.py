@@ -27,6 +27,7 @@ from .tables import PAST, keep
 from .warpgroup import (
     BF16,
     COLUMN,
+    COMPILER,
     F32,
     ROW,
     TILE,
@@ -36,6 +37,7 @@ from .warpgroup import (
     along_rows,
     load,
     meet,
+    settle,
     shared,
     split,
     where,
@@ -104,7 +106,8 @@ def forward(
         del refs[:2]
         tiers_g = refs.pop(0) if save_states else None
         saved_g = [refs.pop(0) for _ in range(K // 64)] if save_states else None
-        q_s, k_s, v_s, g_s, states_s, o_s, codes_s, matrices_s, zero_s, rows_s, *refs = refs
+        q_s, k_s, v_s, g_s, states_s, codes_s, matrices_s, zero_s, rows_s, *refs = refs
+        o_s = None if VB == 64 else refs.pop(0)
         arrived, tables_arrived, met, *rest = refs
         documents_s = rest.pop(0) if packed else None
         spare = rest.pop(0) if interpreted else None
@@ -169,6 +172,10 @@ def forward(
             # registers.
             zero = zero_s[0]
             S_s, table, of_gates = (lambda *index, x=x: x.at[zero, *index] for x in (states_s, codes_s, matrices_s))
+            if VB > 64:
+                o_tile, tile = o_s.at[w], lambda j, i: S_s(pl.ds(64 * j, 64), pl.ds(64 * i, 64))
+            else:
+                o_tile, tile = S_s(pl.ds(K + 64 * w, 64)), lambda j, i: S_s(pl.ds(64 * j + K * i, 64))
 
             def agreed(use, rows):
                 """Whether no warpgroup noted, for this use, an exceeded limit in any of `rows`."""
@@ -196,8 +203,8 @@ def forward(
 
             def tiers_2_and_3():
                 P, whole = forward_tiers.tiers_2_and_3(
-                    q_c, k_c, q_own, k_own, gates, S_s, o_s, table, of_gates, rows_s, w, value_block=VB,
-                    product=product, barrier=barrier, agreed=agreed, note_tier=functools.partial(note_tier, step),
+                    q_own, k_own, gates, tile, table, of_gates, rows_s, w, warpgroups=W, product=product,
+                    barrier=barrier, agreed=agreed, note_tier=functools.partial(note_tier, step),
                 )  # fmt: skip
                 S_s(own)[...] = (S * entering if packed else S).astype(BF16)
                 plgpu.commit_smem()
@@ -212,7 +219,7 @@ def forward(
                 def mixed():
                     """The state that enters belongs to the rows of the chunk's first document, and only rows of its
                     last go into the state that leaves."""
-                    meet(barrier)  # P is made of q and k as they were
+                    settle(barrier)  # P is made of q and k as they were
                     own_document = load(documents_s.at[slot], ROW)
                     for x, chosen in ((q_own, opens), (k_own, closes)):
                         rows = where(own_document == chosen, 1.0, 0.0)
@@ -239,11 +246,11 @@ def forward(
 
             @pl.when((w == 0) | (VB >= 64 * W))  # 64 columns are one warpgroup's work
             def _():
-                o = product.total([(q_c, S_s(slice(None), own_values)), (P, v_s.at[slot, :, own_values])], (64, VW))
-                o_s.at[w][...] = (o * scale).astype(BF16)
+                o = product.total([(q_c, S_s(pl.ds(0, K), own_values)), (P, v_s.at[slot, :, own_values])], (64, VW))
+                o_tile[...] = (o * scale).astype(BF16)
                 plgpu.commit_smem()
                 out = pl.ds(block * VB + own_values.start, VW)
-                plgpu.copy_smem_to_gmem(o_s.at[w], o_g.at[b, pl.ds((first + step) * CHUNK, CHUNK), h, out])
+                plgpu.copy_smem_to_gmem(o_tile, o_g.at[b, pl.ds((first + step) * CHUNK, CHUNK), h, out])
 
             following = lax.rem(step + 1, stages)
 
@@ -300,12 +307,12 @@ def forward(
         shared((stages, CHUNK, K)),
         shared((stages, CHUNK, VB)),
         shared((stages, CHUNK, K)),
-        shared((1, K, VB)),
-        shared((W, CHUNK, VW)),
+        shared((1, K + (CHUNK * W if VB == 64 else 0), VB)),  # and, of one width with it, o
         shared((1, PAST + 1, CHUNK, CHUNK), jnp.int16),
         shared((1, middle.rows, CHUNK)),
         plgpu.SMEM((1,), jnp.int32),
         plgpu.SMEM((2, W, 64), F32),
+        *([] if VB == 64 else [shared((W, CHUNK, VW))]),
         plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         plgpu.Barrier(num_arrivals=2),
         plgpu.Barrier(num_arrivals=W),
@@ -321,7 +328,7 @@ def forward(
         kernel_name="gla_forward_saving" if save_states else "gla_forward",
         num_threads=W,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=COMPILER,
         **({"interpret": interpret} if interpreted else {}),
     )(*operands)
     return o, final_state, states

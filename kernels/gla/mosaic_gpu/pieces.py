@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from .anchors import CHUNK, FLOOR
-from .warpgroup import BF16, F32, ROW, TILE, WGMMA, Products, along_rows, load, shared, split, where
+from .warpgroup import BF16, COMPILER, F32, ROW, TILE, WGMMA, Products, along_rows, load, shared, split, where
 
 STAGES = 3
 
@@ -209,7 +209,7 @@ def _walk(x, y, log_alpha, sums, scale, cut, documents, reverse, interpret):
             kernel_name="gla_own_gradients" if reverse else "gla_own_states",
             num_threads=1,
             thread_name="warpgroup",
-            compiler_params=plgpu.CompilerParams(approx_math=True),
+            compiler_params=COMPILER,
             **({"interpret": interpret} if interpreted else {}),
         )(x, y, log_alpha, sums, *([documents] if packed else []))
     )

@@ -32,7 +32,7 @@ from .halving import (
     table,
     up_to,
 )  # fmt: skip
-from .warpgroup import BF16, F32, TILE, WGMMA, Products, load, shared, split, where
+from .warpgroup import BF16, COMPILER, F32, TILE, WGMMA, Products, load, settle, shared, split, where
 
 STAGES = 2
 
@@ -124,6 +124,7 @@ def prepare(q, k, log_alpha, *, scale, documents=None, chunks_per_block=4, inter
             @pl.when(c == slices - 1)
             def _():
                 # In the room of the gates. What lies above the diagonal is of no use.
+                settle()
                 below = where(up_to(table_s), P * scale, 0.0)
                 g_c[...] = (below * together(own_factors) if packed else below).astype(BF16)
                 plgpu.commit_smem()
@@ -160,6 +161,6 @@ def prepare(q, k, log_alpha, *, scale, documents=None, chunks_per_block=4, inter
         grid=(B * H * blocks,),
         grid_names=("block",),
         kernel_name="gla_prepare",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=COMPILER,
         **({"interpret": interpret} if interpreted else {}),
     )(q, k, log_alpha, jnp.asarray(table()), jnp.asarray(np.ones((8, 64), BF16)), *([documents] if packed else []))

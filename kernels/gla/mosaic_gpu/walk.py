@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .anchors import CHUNK
-from .warpgroup import BF16, COLUMN, F32, ROW, WGMMA, along_columns, along_rows, load, shared
+from .warpgroup import BF16, COLUMN, COMPILER, F32, ROW, WGMMA, along_columns, along_rows, load, shared, split
 
 COMPUTE = 2  # warpgroups that hold a state; one more fetches
 TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
@@ -96,7 +96,7 @@ def walk(
     reads, by_rows = read is not None, decay_along == "rows"
     kept = max(-(-chunks // snapshot_every) - 1, 0) if snapshot_every else 0
     interpreted = interpret is not None
-    head_of = lambda x, h, axis=2: h // (heads // x.shape[axis])
+    head_of = lambda x, h, axis=2: lax.div(h, heads // x.shape[axis])
 
     def kernel(*refs):
         refs = list(refs)
@@ -120,11 +120,9 @@ def walk(
         spare = refs.pop(0) if interpreted else None
 
         w = lax.axis_index("warpgroup")
-        index = lax.axis_index("block")
-        row_block, index = index % row_blocks, index // row_blocks
-        column_block, index = index % column_blocks, index // column_blocks
-        piece, index = index % pieces, index // pieces
-        h, b = index % heads, index // heads
+        (row_block, column_block, piece, h), b = split(
+            lax.axis_index("block"), row_blocks, column_blocks, pieces, heads
+        )
         rows, columns = pl.ds(row_block * tiles.rows, tiles.rows), pl.ds(column_block * NB, NB)
         chunk_of = lambda step: piece * steps + (steps - 1 - step if reverse else step)
 
@@ -280,7 +278,7 @@ def walk(
         kernel_name=f"gla_walk_{name}",
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=COMPILER,
         **({"interpret": interpret} if interpreted else {}),
     )(*operands)
 

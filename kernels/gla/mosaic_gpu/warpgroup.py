@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 WGMMA = plgpu.Layout.WGMMA
@@ -19,6 +20,12 @@ COLUMN = WGMMA.reduce(0)  # one value per column
 BF16, F32 = jnp.bfloat16, jnp.float32
 TILE = (64, 64)  # rows of a chunk by key channels of a warpgroup, and tokens by tokens
 SWIZZLE = 128  # bytes; a tile of shared memory is 8 rows of 64 bf16
+
+# Layouts are said, not inferred, which halves the time of lowering. And no barrier stands around every store and before
+# every fetch: four warps share a warpgroup's tiles, and `commit_smem` and `settle` stand where one needs another.
+COMPILER = plgpu.CompilerParams(
+    approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+)
 
 
 def shared(shape: tuple[int, ...], dtype=BF16):
@@ -33,6 +40,8 @@ def transforms(dtype=BF16):
 
 def load(ref, layout=None, optimized=True) -> jax.Array:
     """Shared or device memory to registers; `optimized=False` allows device memory."""
+    if layout is None and len(ref.shape) == 2:
+        layout = WGMMA
     return plgpu.load(ref, layout=layout, optimized=optimized)
 
 
@@ -78,6 +87,14 @@ def meet(barrier) -> None:
     if barrier is not None:
         plgpu.barrier_arrive(barrier)
         plgpu.barrier_wait(barrier)
+
+
+def settle(barrier=None) -> None:
+    """All threads of the warpgroup, or of the block, wait for each other: tiles that they read can be written."""
+    if barrier is None:
+        plgpu.inline_mgpu()(lambda _: mgpu.warpgroup_barrier())()
+    else:
+        meet(barrier)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from kernels.gla.mosaic_gpu.pieces import WHOLE, Cut, decay_sums, own_gradients,
 from kernels.gla.mosaic_gpu.tiles import backward_tiles, forward_tiles
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the interpreter runs on CPU")
-INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
+INTERPRET = plgpu.InterpretGPUParams(detect_races=True, inline_mgpu="ignore")
 B, H, G, N, K, V, LENGTH = 1, 2, 1, 3, 64, 64, 128
 
 
