@@ -32,16 +32,17 @@ SHAPES = {  # B, T, H, K, V
 # spill today stand here with the bytes allowed. These go down, or up by a change that an H200 was seen to run faster;
 # a kernel that is not here may not spill.
 ALLOWED_SPILL_BYTES = {
-    ("fig2_2k", "gla_backward"): 76,
-    ("d128_2k", "gla_backward"): 140,
-    ("long_8k", "gla_forward"): 56,
-    ("long_8k", "gla_backward"): 228,
-    ("1b3_2k", "gla_finish"): 136,
-    ("340m_2k", "gla_finish"): 124,
-    ("1b3_32k", "gla_finish"): 104,
-    ("everything", "gla_forward_saving"): 16,
-    ("everything", "gla_backward"): 400,
-    ("everything", "gla_finish"): 64,
+    ("fig2_2k", "gla_backward"): 48,
+    ("d128_2k", "gla_backward"): 76,
+    ("long_8k", "gla_forward_saving"): 4,
+    ("long_8k", "gla_backward"): 212,
+    ("1b3_2k", "gla_finish"): 120,
+    ("340m_2k", "gla_finish"): 96,
+    ("1b3_32k", "gla_finish"): 84,
+    ("everything", "gla_forward"): 20,
+    ("everything", "gla_forward_saving"): 32,
+    ("everything", "gla_backward"): 356,
+    ("everything", "gla_finish"): 68,
 }
 
 # Device memory of forward + backward beyond inputs, MiB: temporaries and outputs. Here too numbers only go down. Wanted
