@@ -277,7 +277,7 @@ def finish(
                 plgpu.commit_smem()
                 # A zero that the compiler does not know of: one known would be the other branch's too, and then
                 # registers do not suffice, which has every product of the kernel wait for each of its instructions.
-                zero = plgpu.layout_cast(jnp.full(TILE, worst_s[0] * 0.0), WGMMA)
+                zero = plgpu.layout_cast(jnp.full(TILE, zero_s[0].astype(F32)), WGMMA)
                 Y = product(masked_pairs(pairs_across(table_s, n)), tile_s, TILE, onto=zero)
                 signed = Y * tile_s[...].astype(F32)
                 change = pin(change + where(right_half(n), signed, -signed))
