@@ -3,6 +3,7 @@
 import importlib.util
 import json
 
+import jax
 import pytest
 
 import glax.layers.gated_linear_attention as gla_layer
@@ -88,7 +89,7 @@ def test_options_reach_the_run(tiny, tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(PEAK_FLOPS, "cpu", 1e12)
     options = ["--implementation", "reference", "--microbatches", "2", "--profile", "--tensorboard"]
     assert main([*tiny, *options, "--data.batch-size", "16"]) == 0
-    assert set(seen) == {("reference", 8)}
+    assert set(seen) == {("reference", 8 // jax.device_count())}  # a microbatch of 8 rows, shared out over the devices
     folder = tmp_path / "runs" / "run"
     assert json.loads((folder / "config.json").read_text())["model"]["implementation"] == "reference"
     first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[1])
