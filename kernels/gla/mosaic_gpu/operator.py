@@ -34,7 +34,7 @@ def gated_linear_attention(
     q, k, v, log_alpha, *, scale, initial_state=None, segment_ids=None, return_final_state=False, interpret=None
 ):
     """`kernels.gated_linear_attention` by the Hopper kernels; `interpret` runs them in Pallas' interpreter, on any
-    device."""
+    device: InterpretGPUParams, with inline_mgpu="ignore"."""
     (_, T, _, K), V, dtype = q.shape, v.shape[-1], v.dtype
     padded_K, padded_V = padded_widths(K, V)
     padded_T = -(-T // CHUNK) * CHUNK
