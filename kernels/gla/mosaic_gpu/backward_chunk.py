@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from .anchors import CHUNK
 from .gating import Middle, half_sums
 from .pieces import Cut
-from .tables import DIAGONAL, LOWER, UPPER, has, keep, matrix, ones, to_exponents
+from .tables import DIAGONAL, LOWER, UPPER, has, indicator, keep, matrix, ones, to_exponents
 from .warpgroup import BF16, TILE, Products, load, pin, split, where
 
 MASK = 2
@@ -90,7 +90,7 @@ class Chunk:
         """Matrices that sum, within documents, the rows from each one on, and those before it."""
         if self.masks:
             return ones(self.tile("codes", MASK)), ones(self.tile("codes", MASK), False)
-        return tuple(where(has(self.pairs(), bits), 1.0, 0.0).astype(BF16) for bits in (UPPER | DIAGONAL, LOWER))
+        return tuple(indicator(self.pairs(), bits) for bits in (UPPER | DIAGONAL, LOWER))
 
     def exponents(self, table, bit) -> jax.Array:
         """Sums of gates, in log2: those that `bit` of a table says."""

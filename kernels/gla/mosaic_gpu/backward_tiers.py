@@ -24,6 +24,7 @@ from .tables import (
     UPPER,
     UPPER_IN_16,
     has,
+    indicator,
     level_of,
 )
 from .warpgroup import BF16, F32, ROW, TILE, WGMMA, along_rows, load, meet, pin, settle, where
@@ -133,14 +134,14 @@ def tiers_2_and_3(walk: Walk, step, within, dS, of_first, of_last, parking, *, s
         return dq_more, pin(dk + for_k * jnp.exp2(-e)), changed
 
     dq, dk, change = lax.cond(within, bounded, lambda: (dq, dk, change))
-    if walk.warpgroups > 1:
-        plgpu.commit_smem()
-    settle(barrier)
-
     if walk.warpgroups > 1:  # P^T is the sum of all, in the place of dP
+        plgpu.commit_smem()
+        meet(barrier)
         v = walk.at(step)
-        one = where(has(v.pairs(), DIAGONAL), 1.0, 0.0).astype(BF16)
+        one = indicator(v.pairs(), DIAGONAL)
         v.limb[...] = product.total([(one, x) for x in v.out_k_of], TILE).astype(BF16)
+    else:
+        settle()
     v = walk.at(step)
     dq = pin(dq + along_rows(diagonal, TILE) * load(v.k_own).astype(F32))
     v = walk.at(step)

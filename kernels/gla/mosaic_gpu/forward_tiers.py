@@ -21,6 +21,7 @@ from .tables import (
     any_of,
     bits_of,
     has,
+    indicator,
     keep,
     level_of,
     matrix,
@@ -95,7 +96,7 @@ def tiers_2_and_3(
         plgpu.commit_smem()
         meet(barrier)
         # (Added by products, which need no address in a thread's registers.)
-        one = where(has(load(codes(0)), DIAGONAL), 1.0, 0.0).astype(BF16)
+        one = indicator(load(codes(0)), DIAGONAL)
         others = [tile(lax.rem(w + n, warpgroups), i) for n in range(1, warpgroups) for i in (0, 1)]
         P = product.total([(one, x) for x in others], TILE, onto=P)
     P = pin(keep(P, codes(PAST)))

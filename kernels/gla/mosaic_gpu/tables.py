@@ -23,7 +23,7 @@ import numpy as np
 from jax import lax
 
 from .anchors import CHUNK, mask, power
-from .warpgroup import BF16, load
+from .warpgroup import BF16, load, where
 
 LOG2_E = 1.4426950408889634
 
@@ -107,6 +107,11 @@ def any_of(bits: jax.Array) -> jax.Array:
 def has(code: jax.Array, bits) -> jax.Array:
     """Where a code has any of `bits`, which are bits of pairs."""
     return any_of(bits_of(code, bits))
+
+
+def indicator(code: jax.Array, bits) -> jax.Array:
+    """A register operand of `wgmma`: 1 where a code has any of `bits`, else 0."""
+    return where(has(code, bits), 1.0, 0.0).astype(BF16)
 
 
 def keep(x: jax.Array, mask_s) -> jax.Array:

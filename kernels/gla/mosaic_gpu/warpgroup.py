@@ -39,8 +39,8 @@ def transforms(dtype=BF16):
 
 
 def load(ref, layout=None, optimized=True) -> jax.Array:
-    """Shared or device memory to registers; `optimized=False` allows device memory."""
-    if layout is None and len(ref.shape) == 2:
+    """Shared or device memory to registers; `optimized=False` allows device memory, which has no layout of its own."""
+    if layout is None and not optimized:
         layout = WGMMA
     return plgpu.load(ref, layout=layout, optimized=optimized)
 
