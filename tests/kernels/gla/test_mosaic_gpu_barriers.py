@@ -24,33 +24,36 @@ ARITHMETIC = {
 
 
 class Warps:
-    """What warps of one warpgroup have done to shared memory since they last waited for each other."""
+    """What warps of one warpgroup have done to shared memory since they last waited for each other.
 
-    def __init__(self, warpgroup):
-        self.warpgroup, self.line = warpgroup, ""
-        self.written, self.uncommitted, self.read, self.read_by_products, self.sent = [], [], [], [], []
-        self.found = []
+    `places`: written, not yet committed, read, read by products, sent by TMA.
+    """
 
-    def copy(self):
-        other = Warps(self.warpgroup)
-        for name, value in vars(self).items():
-            setattr(other, name, list(value) if name not in ("found", "warpgroup", "line") else value)
-        return other
+    def __init__(self, warpgroup, found):
+        self.warpgroup, self.found, self.line = warpgroup, found, ""
+        self.written, self.uncommitted, self.read, self.read_by_products, self.sent = self.places = [
+            [] for _ in range(5)
+        ]
 
-    def join(self, others):
-        for name, value in vars(self).items():
-            if name not in ("found", "warpgroup", "line"):
-                for other in others:
-                    value.extend(x for x in vars(other)[name] if x not in value)
+    def then(self, branch) -> "Warps":
+        """As `branch`, a function of warps, leaves them."""
+        after = Warps(self.warpgroup, self.found)
+        after.add(self)
+        branch(after)
+        return after
+
+    def add(self, other):
+        for mine, others in zip(self.places, other.places, strict=True):
+            mine.extend(place for place in others if place not in mine)
 
     def need(self, place, *earlier, what):
-        for places in earlier:
-            for other in places:
-                if overlap(place, other):
-                    self.found.append(f"{what}: {place[1]} after {other[1]} {self.line}")
+        for other in (x for places in earlier for x in places):
+            if overlap(place, other):
+                self.found.append(f"{what}: {place[1]} after {other[1]} {self.line}")
 
     def barrier(self):
-        self.written, self.read, self.read_by_products = [], [], []
+        for places in (self.written, self.read, self.read_by_products):
+            places.clear()
 
 
 def overlap(a, b) -> bool:
@@ -62,7 +65,7 @@ def overlap(a, b) -> bool:
 
 def hazards(jaxpr, warpgroup: int) -> list[str]:
     """What a kernel's first block reads or writes too early, in one of its warpgroups."""
-    warps = Warps(warpgroup)
+    warps = Warps(warpgroup, [])
     follow(jaxpr, {}, warps)
     return sorted(set(warps.found))
 
@@ -150,27 +153,28 @@ def follow(jaxpr, env, warps):
                 warps.need(at, warps.uncommitted, what="sent before it is committed")
                 warps.sent.append(at)
         elif name == "commit_smem":
-            warps.uncommitted = []
+            warps.uncommitted.clear()
             warps.barrier()
-        elif name in ("inline_mgpu", "inline_mgpu_p"):
+        elif name == "inline_mgpu_p":  # `settle`
             warps.barrier()
         elif name == "wait_smem_to_gmem":
-            warps.sent = warps.sent[len(warps.sent) - params["n"] :] if params["n"] else []
+            del warps.sent[: max(len(warps.sent) - params["n"], 0)]
             warps.barrier()
         elif name == "barrier_arrive":
             arrived = eqn.invars[0]
         elif name == "barrier_wait" and eqn.invars[0] is arrived:  # (`meet`; TMA's arrivals are waited for by each)
             warps.barrier()
         elif name == "cond":
-            states, index = [], value(eqn.invars[0])
+            index, states = value(eqn.invars[0]), []
             for branch in params["branches"] if index is None else [params["branches"][index]]:
-                state = warps.copy()
-                follow(branch.jaxpr, enter(branch.jaxpr, [*branch.consts, *eqn.invars[1:]]), state)
-                states.append(state)
-            for attribute in vars(warps):
-                if attribute not in ("found", "warpgroup", "line"):
-                    setattr(warps, attribute, [])
-            warps.join(states)
+                inside = enter(branch.jaxpr, [*branch.consts, *eqn.invars[1:]])
+                states.append(
+                    warps.then(lambda after, branch=branch, inside=inside: follow(branch.jaxpr, inside, after))
+                )
+            for places in warps.places:
+                places.clear()
+            for state in states:
+                warps.add(state)
         elif name == "scan":
             loop(params["jaxpr"], eqn.invars, warps, enter)
         elif name == "while":
