@@ -242,8 +242,7 @@ def finish(
 
             @pl.when(step + 1 < steps)
             def _():
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                settle()
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # and all warps for each other
                 fetch_carried(step + 1, dq_carried_g, dq_s, dq_arrived)
                 fetch(step + 1)
 
