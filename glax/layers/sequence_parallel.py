@@ -135,7 +135,7 @@ def _by_shard(run: Callable, arrays: Sequence, inputs: Sequence[tuple], outputs:
     an array, such as a batch of one row, which has no equal shares. None among the arrays stays None.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or not spmd.get_logical_axis_rules():
+    if mesh.size <= 1 or not spmd.get_logical_axis_rules():
         return run(*arrays)
 
     def specs(axes):

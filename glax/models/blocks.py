@@ -204,8 +204,7 @@ class Stack(nnx.Module):
     def _unrolled(self, x, state) -> bool:
         if self.unroll is not None:
             return self.unroll
-        mesh = jax.sharding.get_abstract_mesh()
-        sends = not mesh.empty and mesh.size > 1
+        sends = jax.sharding.get_abstract_mesh().size > 1
         return state is None and platform_of(x) == "gpu" and not (sends and self.block.remat == "full")
 
     def init_state(self, batch: int, max_length: int | None) -> Any:
