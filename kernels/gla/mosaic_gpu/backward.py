@@ -38,7 +38,6 @@ from .warpgroup import (
     F32,
     ROW,
     TILE,
-    WGMMA,
     Products,
     along_columns,
     along_rows,
@@ -115,7 +114,7 @@ def backward(
         del refs[:4]
         dv_g = states_g[0]  # a chunk's dv takes the place of the first 64 rows of its state, read by then
         tiles_s, zero_s, rows_s, arrived, tables_arrived, met, *rest = refs
-        documents_s, goes_on_s = (rest.pop(0), rest.pop(0)) if packed else (None, None)
+        documents_s, goes_on_s, pairs_arrived = (rest.pop(0) for _ in range(3)) if packed else (None,) * 3
         spare = rest.pop(0) if interpreted else None
 
         w = lax.axis_index("warpgroup")
@@ -123,8 +122,8 @@ def backward(
         product = Products(None if spare is None else spare.at[w])
         barrier = met if W > 1 else None
         walk = Walk(
-            tiles_s, zero_s, product, middle, masks, barrier, w, W, value_blocks=value_blocks, value_block=VB, heads=H,
-            group=H // G, batch=B, chunks=T // CHUNK, cut=tiles.cut,
+            tiles_s, zero_s, product, middle, masks, barrier, pairs_arrived, w, W, value_blocks=value_blocks,
+            value_block=VB, heads=H, group=H // G, batch=B, chunks=T // CHUNK, cut=tiles.cut,
         )  # fmt: skip
 
         def fetch(step):
@@ -140,17 +139,18 @@ def backward(
                 plgpu.copy_gmem_to_smem(k_g.at[v.b, v.rows, v.g], v.k, arrived)
                 plgpu.copy_gmem_to_smem(v_g.at[v.b, v.rows, v.g, v.values], v.v, arrived)
                 plgpu.copy_gmem_to_smem(do_g.at[v.b, v.rows, v.h, v.values], v.do, arrived)
+                if packed:
+                    plgpu.copy_gmem_to_smem(documents_g.at[v.b, v.rows], documents_s, arrived)
+                    plgpu.copy_gmem_to_smem(goes_on_g.at[v.b, v.rows], goes_on_s, arrived)
 
-        def fetch_documents(step):
+        def fetch_pairs(step):
             """Apart, since the gate gradient needs those of the chunk before until its end."""
             v = walk.at(step)
             if packed:
 
                 @pl.when(w == 0)
                 def _():
-                    plgpu.copy_gmem_to_smem(documents_g.at[v.b, v.rows], documents_s, arrived)
-                    plgpu.copy_gmem_to_smem(goes_on_g.at[v.b, v.rows], goes_on_s, arrived)
-                    plgpu.copy_gmem_to_smem(pairs_g.at[v.b, v.chunk], v.tile("codes", 0), arrived)
+                    plgpu.copy_gmem_to_smem(pairs_g.at[v.b, v.chunk], v.tile("codes", 0), pairs_arrived)
 
         @pl.when(w == 0)
         def _():
@@ -166,7 +166,7 @@ def backward(
         v = walk.at(0)
         steps = v.steps
         fetch(steps - 1)
-        fetch_documents(steps - 1)
+        fetch_pairs(steps - 1)
 
         def chunk(i, carry):
             dS, document, tier = carry  # gradient of the state that leaves the chunk, and the document it goes to
@@ -175,30 +175,29 @@ def backward(
             plgpu.barrier_wait(arrived)
             if packed:
                 opens, closes = documents_s[0], documents_s[63]
-                dS = dS * (closes == document).astype(F32)
-                document = opens
+                leaves = (closes == document).astype(F32)  # whether the state that leaves is of the next chunk too
+                document, mixed = opens, opens != closes
 
                 def of(chosen):
-                    """Keeps the rows of one document. (Factors, not selects: layouts of selects are searched for
-                    without end.)"""
+                    """Keeps the rows of one document; there are others where a chunk is mixed."""
 
                     def keep(x):
-                        rows = where(load(documents_s, ROW) == chosen, 1.0, 0.0)
-                        return x * plgpu.layout_cast(along_rows(plgpu.layout_cast(rows, ROW), TILE), WGMMA)
+                        rows = lambda: where(load(documents_s, ROW) == chosen, 1.0, 0.0)
+                        return lax.cond(mixed, lambda: x * along_rows(rows(), TILE), lambda: x)
 
                     return keep
 
                 of_first, of_last = of(opens), of(closes)
             else:
-                of_first = of_last = lambda x: x
+                leaves, of_first, of_last = None, lambda x: x, lambda x: x
 
             def bounded():
-                return tier_1(walk, step, dS, of_first, of_last, scale=scale, packed=packed)
+                return tier_1(walk, step, dS, leaves, of_first, of_last, scale=scale)
 
             def any_gates():
                 # dS waits in the place of the result, which is of this walk alone and free until its end.
                 parking = lambda v: initial_g.at[v.b, v.h, v.piece, v.own, v.values]
-                return tiers_2_and_3(walk, step, tier == 2, dS, of_first, of_last, parking, scale=scale)
+                return tiers_2_and_3(walk, step, tier == 2, dS, leaves, of_first, of_last, parking, scale=scale)
 
             # (The smaller branch last: Pallas lowers that one twice.)
             PT, change, later, dS, before = lax.cond(tier != 1, any_gates, bounded)
@@ -207,17 +206,19 @@ def backward(
             plgpu.copy_smem_to_gmem(v.out_q, dq_g.at[v.vb, v.b, v.rows, v.h, v.own])
             plgpu.copy_smem_to_gmem(v.out_k, dk_g.at[v.vb, v.b, v.rows, v.h, v.own])
             if packed:
-                dS = dS * (opens == closes).astype(F32)
+                dS = lax.cond(mixed, lambda: dS * 0.0, lambda: dS)
             through = jnp.sum(load(v.S_own).astype(F32) * dS, axis=1)
             rows_s.at[w][...] = through
 
             if packed:
 
-                @pl.when(opens != closes)
+                @pl.when(mixed)
                 def _():
                     settle(barrier)
                     v.q_own[...] = of_first(load(v.q_own).astype(F32)).astype(BF16)
+                    v.k_own[...] = of_last(load(v.k_own).astype(F32)).astype(BF16)
                     plgpu.commit_smem()
+                    meet(barrier)
 
             def send_dv(dv, part):
                 v.limb[...] = dv.astype(BF16)
@@ -225,7 +226,7 @@ def backward(
                 plgpu.copy_smem_to_gmem(v.limb, dv_g.at[v.b, v.rows, v.h, pl.ds(v.vb * VB + part.start, 64)])
 
             v = walk.at(step)
-            if each_has_values and VW == 64 and not packed:
+            if each_has_values and VW == 64:
                 do, of_dS = (v.tile(name, slice(None), own_values) for name in ("do", "dS"))
                 dS, dv = product.beside([(v.q_own.T, v.do)], dS, ([(PT, do), (v.k, of_dS)], TILE))
                 send_dv(dv, own_values)
@@ -237,16 +238,15 @@ def backward(
                     def _(c=c):
                         part = pl.ds(own_values.start + 64 * c, 64)
                         do, of_dS = (v.tile(name, slice(None), part) for name in ("do", "dS"))
-                        if packed:
-                            dv = product(PT, do, TILE, onto=of_last(product(v.k, of_dS, TILE)))
-                        else:
-                            dv = product.total([(PT, do), (v.k, of_dS)], TILE)
+                        dv = product.total([(PT, do), (v.k, of_dS)], TILE)
                         if c:
                             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                         send_dv(dv, part)
 
                 v = walk.at(step)
                 dS = product(v.q_own.T, v.do, (64, VB), onto=dS) * along_rows(before, (64, VB))
+            if packed:  # of each row, whether it is of the document of the row before
+                goes_on, starts = load(goes_on_s, ROW), mixed | (goes_on_s[0] == 0.0)
             # out_q and out_k are read (what may be under way is the last dv).
             plgpu.wait_smem_to_gmem(int(each_has_values), wait_read_only=True)
             plgpu.commit_smem()
@@ -277,7 +277,7 @@ def backward(
                 lambda: dg,
             )
             if packed:  # no pair spans a gate between documents: what is left there is rounding
-                dg = dg * plgpu.layout_cast(along_rows(load(goes_on_s, ROW), TILE), WGMMA)
+                dg = lax.cond(starts, lambda: dg * along_rows(goes_on, TILE), lambda: dg)
             settle()
             v.out_q[...] = dg.astype(BF16)
             plgpu.commit_smem()
@@ -287,7 +287,7 @@ def backward(
 
                 @pl.when(step > 0)
                 def _():
-                    fetch_documents(step - 1)
+                    fetch_pairs(step - 1)
 
             return dS, document, next_tier
 
@@ -323,11 +323,11 @@ def backward(
         tiles_s,
         plgpu.SMEM((1,), jnp.int32),
         plgpu.SMEM((W, 64), F32),
-        plgpu.Barrier(num_arrivals=4 + 2 * W + 3 * packed),
+        plgpu.Barrier(num_arrivals=4 + 2 * W + 2 * packed),
         plgpu.Barrier(num_arrivals=2 + masks),
         plgpu.Barrier(num_arrivals=W),
     ]
-    scratch += [plgpu.SMEM((CHUNK,), jnp.int32), plgpu.SMEM((CHUNK,), F32)] if packed else []
+    scratch += [plgpu.SMEM((CHUNK,), jnp.int32), plgpu.SMEM((CHUNK,), F32), plgpu.Barrier()] if packed else []
     scratch += [shared((W, 64, 64))] if interpreted else []
     operands = [q, k, v, log_alpha, do, chunk_tiers, codes, matrices]
     others = states[1:]

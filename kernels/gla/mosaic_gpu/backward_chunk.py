@@ -27,6 +27,7 @@ class Walk:
     middle: Middle
     masks: bool  # whether shared memory holds the table FUTURE, at MASK
     barrier: Any
+    pairs_arrived: Any  # barrier for the chunk's own table of pairs, if rows are packed
     warpgroup: jax.Array
     warpgroups: int
     value_blocks: int

@@ -30,31 +30,36 @@ from .tables import (
 from .warpgroup import BF16, F32, ROW, TILE, WGMMA, along_rows, load, meet, pin, settle, where
 
 
-def tier_1(walk: Walk, step, dS, of_first, of_last, *, scale, packed):
+def tier_1(walk: Walk, step, dS, leaves, of_first, of_last, *, scale):
     """All pairs around the middle, in whose frame the states are."""
-    product, VB = walk.product, walk.value_block
+    product, VB, packed = walk.product, walk.value_block, leaves is not None
     v = walk.at(step)
     D, after, before = v.around_middle_and_totals()
-    dS = pin(dS * along_rows(after, (64, VB)))
+    dS = pin(dS * along_rows(after * leaves if packed else after, (64, VB)))
     v.dS_own[...] = dS.astype(BF16)
     gating.around_middle(v.q_own, v.k_own, D, scale)
     plgpu.commit_smem()
     meet(walk.barrier)
-    PT, dPT = product.several(([(v.k, v.q.T)], TILE), ([(v.v, v.do.T)], TILE))
+    first = [([(v.k, v.q.T)], TILE), ([(v.v, v.do.T)], TILE)]
+    if packed:
+        PT, dPT, past = product.several(*first, ([(v.do, v.S_own.T)], TILE))
+        past = pin(of_first(past))
+        plgpu.barrier_wait(walk.pairs_arrived)
+    else:
+        PT, dPT = product.several(*first)
     PT = pin(v.of_keys(PT))
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     v.limb[...] = v.of_keys(dPT)
     v.out_q[...] = PT  # waits where dq will be: dS and three accumulators leave no registers for it
     plgpu.commit_smem()
     v = walk.at(step)
-    chains = [[(v.limb.T, v.k_own)], [(v.limb, v.q_own)], [(v.v, v.dS_own.T)]]
-    before_chunk = (v.do, v.S_own.T)
+    of_q, of_k, of_states = [(v.limb.T, v.k_own)], [(v.limb, v.q_own)], [(v.v, v.dS_own.T)]
     if packed:
-        for_q, for_k, later, past = product.several(*((pairs, TILE) for pairs in [*chains, [before_chunk]]))
-        for_q, later = for_q + of_first(past), of_last(later)
+        for_q, for_k, later = product.beside(of_q, past, (of_k, TILE), (of_states, TILE))
+        later = of_last(later)
     else:
-        chains[0].append(before_chunk)
-        for_q, for_k, later = product.several(*((pairs, TILE) for pairs in chains))
+        of_q.append((v.do, v.S_own.T))
+        for_q, for_k, later = product.several((of_q, TILE), (of_k, TILE), (of_states, TILE))
     v = walk.at(step)
     change = pin(load(v.k_own).astype(F32) * -for_k)
     for_k = pin(for_k + later)
@@ -69,18 +74,20 @@ def tier_1(walk: Walk, step, dS, of_first, of_last, *, scale, packed):
     return PT, change, later, dS, before
 
 
-def tiers_2_and_3(walk: Walk, step, within, dS, of_first, of_last, parking, *, scale):
+def tiers_2_and_3(walk: Walk, step, within, dS, leaves, of_first, of_last, parking, *, scale):
     """Level by level, each warpgroup for itself. Until the end out_k holds what its key channels make of P^T, limb dP
     (times the scale), and out_q q or k as gated; `parking(chunk)`, in device memory, dS."""
     product, barrier = walk.product, walk.barrier
     v = walk.at(step)
-    parking(v)[...] = dS
+    parking(v)[...] = dS if leaves is None else dS * leaves
     v.g_own[...] = jnp.maximum(load(v.g_own), jnp.asarray(FLOOR, BF16))
     plgpu.commit_smem()
     zeros = plgpu.layout_cast(jnp.zeros(TILE, F32), WGMMA)
 
     v = walk.at(step)
     dP, dPT, PT = product.several(([(v.do, v.v.T)], TILE), ([(v.v, v.do.T)], TILE), ([(v.k_own, v.q_own.T)], TILE))
+    if walk.pairs_arrived is not None:
+        plgpu.barrier_wait(walk.pairs_arrived)
     diagonal = jnp.sum(where(has(v.pairs(), DIAGONAL), dP, 0.0), axis=1) * scale
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     both = where(has(v.pairs(), UPPER), dPT, where(has(v.pairs(), LOWER), dP, 0.0))
