@@ -18,8 +18,6 @@ from .tables import (
     PAST,
     PREFIX,
     SUFFIX,
-    any_of,
-    bits_of,
     has,
     indicator,
     keep,
@@ -49,38 +47,34 @@ def tiers_2_and_3(
         return [(matrix(codes(table), bit), gates)], TILE
 
     # Of q and k as they came the diagonal is right, and no level takes it.
-    P, D, following = product.several(([(q, k.T)], TILE), sums(*LEVELS[3]), sums(*LEVELS[5]))
+    P, D = product.several(([(q, k.T)], TILE), sums(*LEVELS[3]))
     rows_s.at[1, w][...] = beyond_limit(D * (to_exponents(LEVELS[3][1]) / LOG2_E))
     plgpu.commit_smem()
     meet(barrier)
     within = agreed(1, [row + end for row in range(0, 64, 16) for end in (0, 15)])
     note_tier(jnp.where(within, 2, 3))
 
-    # What a level finds for pairs of finer levels is overwritten by those, so it takes all pairs of its blocks.
-    def level(i, carry):
-        P, D, q_or_k = carry
-        n = 5 - i
-        coming = jnp.maximum(n - 1, 0)
-        x = tile(w, i & 1)  # no warp waits for those that still read the last one
-        e = pin(D * to_exponents(level_of(n)[1]))
+    tiles = tile(w, 0), tile(w, 1)
 
-        def gate():
-            x[...] = q_or_k * jnp.exp2(e).astype(BF16)
-            plgpu.commit_smem()
-            return [(x, x.T)]
+    # Two levels at a time, which wait less than one. What a level finds for pairs of finer levels is overwritten by
+    # those, so it takes all pairs of its blocks.
+    def two_levels(i, P):
+        levels = 5 - 2 * i, 4 - 2 * i
+        D = product.several(*(sums(*level_of(n)) for n in levels))
+        settle()
+        for x, n, exponents in zip(tiles, levels, D, strict=True):
+            x[...] = gating.halves(q, k, n) * jnp.exp2(exponents * to_exponents(level_of(n)[1])).astype(BF16)
+        plgpu.commit_smem()
+        *pairs, code = product.several(*(([(x, x.T)], TILE) for x in tiles), during=lambda: pin(load(codes(0))))
+        for n, found in zip(levels, pairs, strict=True):
+            P = pin(where(has(code, jnp.left_shift(2, n) - 1), found, P))
+        return P
 
-        def beside():
-            return pin(gating.halves(q, k, coming)), pin(bits_of(load(codes(0)), jnp.left_shift(2, n) - 1))
-
-        D, pairs, (q_or_k, taken) = product.during(sums(*level_of(coming)), gate, beside)
-        P = pin(where(any_of(taken), pairs, P))
-        return P, D, q_or_k
-
-    P, *_ = lax.fori_loop(0, jnp.where(within, 2, 6), level, (P, following, gating.halves(q, k, 5)))
+    P = lax.fori_loop(0, jnp.where(within, 1, 3), two_levels, P)
     settle()
 
     def bounded():
-        queries, keys = tile(w, 0), tile(w, 1)
+        queries, keys = tiles
         table, bit = LEVELS[3]
         e = gating.signed_in_16(product.total(*sums(table, bit)) * to_exponents(bit))
         gating.blocks_of_16(q, k, queries, keys, e)
@@ -88,9 +82,10 @@ def tiers_2_and_3(
         return where(has(load(codes(0)), LOWER_IN_16 | DIAGONAL), product(queries, keys.T, TILE), P)
 
     P = lax.cond(within, bounded, lambda: P)
+    whole = sums(*PREFIX), sums(*SUFFIX), *gating.half_sums(gates, matrices)
     if warpgroups > 1:
         settle()
-        high, low = tile(w, 0), tile(w, 1)
+        high, low = tiles
         rounded = P.astype(BF16)
         high[...], low[...] = rounded, (P - rounded.astype(F32)).astype(BF16)
         plgpu.commit_smem()
@@ -98,9 +93,10 @@ def tiers_2_and_3(
         # (Added by products, which need no address in a thread's registers.)
         one = indicator(load(codes(0)), DIAGONAL)
         others = [tile(lax.rem(w + n, warpgroups), i) for n in range(1, warpgroups) for i in (0, 1)]
-        P = product.total([(one, x) for x in others], TILE, onto=P)
+        P, before, after, *halves = product.beside([(one, x) for x in others], P, *whole)
+    else:
+        before, after, *halves = product.several(*whole)
     P = pin(keep(P, codes(PAST)))
-    before, after, *halves = product.several(sums(*PREFIX), sums(*SUFFIX), *gating.half_sums(gates, matrices))
     gating.whole_chunk(q, k, before * to_exponents(PREFIX[1]), after * to_exponents(SUFFIX[1]))
     settle(barrier)  # S can be written
     return P, jnp.exp(jnp.max(halves[0], axis=1) + jnp.max(halves[1], axis=1))

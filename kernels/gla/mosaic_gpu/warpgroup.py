@@ -126,16 +126,19 @@ class Products:
             return pl.run_scoped(run, plgpu.ACC(shape, F32))
         return pl.run_state(run)(plgpu.ACC.init(onto))
 
-    def several(self, *chains) -> tuple[jax.Array, ...]:
-        """`total` of each (pairs, shape), all under way at once."""
+    def several(self, *chains, during=None) -> tuple:
+        """`total` of each (pairs, shape), all under way at once, and last, if asked for, what `during()` finds in the
+        meantime."""
         if self.spare is not None:
-            return tuple(self.total(*chain) for chain in chains)
+            found = tuple(self.total(*chain) for chain in chains)
+            return (*found, during()) if during else found
 
         def run(*accumulators):
             for accumulator, (pairs, _) in zip(accumulators, chains, strict=True):
                 for a, b in pairs:
                     plgpu.wgmma(accumulator, a, b)
-            return tuple(accumulator[...] for accumulator in accumulators)
+            meantime = (during(),) if during else ()
+            return (*(accumulator[...] for accumulator in accumulators), *meantime)
 
         return pl.run_scoped(run, *(plgpu.ACC(shape, F32) for _, shape in chains))
 
@@ -151,22 +154,6 @@ class Products:
 
         zeros = (plgpu.layout_cast(jnp.zeros(shape, F32), WGMMA) for _, shape in chains)
         return pl.run_state(run)([plgpu.ACC.init(x) for x in (onto, *zeros)])
-
-    def during(self, first, work, later) -> tuple:
-        """`total` of `first`, a (pairs, shape), which is under way while `work()` makes the pairs of a second product,
-        of TILE, and that; both are while `later()`, whose result is the last."""
-        if self.spare is not None:
-            return self.total(*first), self.total(work(), TILE), later()
-
-        def run(accumulator, second):
-            for a, b in first[0]:
-                plgpu.wgmma(accumulator, a, b)
-            for a, b in work():
-                plgpu.wgmma(second, a, b)
-            after = later()
-            return accumulator[...], second[...], after
-
-        return pl.run_scoped(run, plgpu.ACC(first[1], F32), plgpu.ACC(TILE, F32))
 
     def _interpreted(self, pairs, shape, onto):
         total = onto
