@@ -26,20 +26,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .anchors import CHUNK, FLOOR, right_half
+from .anchors import CHUNK, FLOOR
 from .documents import GOES_ON, REACHING, SIZE, of_rows, reached, together
-from .halving import (
-    LOWER,
-    PREFIX,
-    SUFFIX,
-    around_middle,
-    by_halves,
-    matrix,
-    pairs_above,
-    pairs_across,
-    pairs_below,
-    table,
-)  # fmt: skip
+from .gating import halves, right_rows
+from .halving import PREFIX, SUFFIX, WHOLE, by_halves, indicator, matrix, table, triangles
+from .tables import LOG2_E
 from .warpgroup import (
     BF16,
     COLUMN,
@@ -61,12 +52,20 @@ from .warpgroup import (
 )
 
 STAGES = 2
-TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
+
+# Tiles of shared memory. Parts of dq~ come in DQ and after; once read, chosen pairs and factors of queries lie there.
+PAIRS, KEYS, DQ = 0, 1, 2
+CHOSEN, QUERIES = DQ, DQ + 1
+
+
+def of_halves(n, right, left) -> jax.Array:
+    """One of two numbers for rows in the right halves of blocks of 2^(n + 1) rows, and in the left. [64] float32."""
+    return right_rows(n).astype(F32) * (left - right) + left
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
 def pair_gradients(do, v, *, documents=None, interpret=None):
-    """dP = do v^T within chunks: its strict lower triangle, mirrored to a symmetric matrix, and its diagonal.
+    """dP = do v^T within chunks: its strict lower triangle, and its diagonal.
 
     Args:
       do [B, T, H, V], v [B, T, G, V]: bf16, T and V multiples of 64.
@@ -85,7 +84,7 @@ def pair_gradients(do, v, *, documents=None, interpret=None):
         do_g, v_g = refs[:2]
         del refs[:2]
         factors_g = refs.pop(0) if packed else None
-        pairs_g, diagonal_g, do_s, v_s, below_s, above_s, arrived, *rest = refs
+        pairs_g, diagonal_g, do_s, v_s, below_s, arrived, *rest = refs
         (chunk, h), b = split(lax.axis_index("block"), chunks, H)
         g = lax.div(h, group)
         tokens = pl.ds(chunk * CHUNK, CHUNK)
@@ -120,15 +119,12 @@ def pair_gradients(do, v, *, documents=None, interpret=None):
         if packed:
             plgpu.barrier_wait(factors_arrived)
             below = below * together(factors_s)
-        below = below.astype(BF16)
-        above_s.T[...] = plgpu.layout_cast(below, TRANSPOSED)
-        plgpu.commit_smem()
-        below_s[...] = below + above_s[...]
+        below_s[...] = below.astype(BF16)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(below_s, pairs_g.at[b, h, chunk])
         plgpu.wait_smem_to_gmem(0)
 
-    scratch = [shared((stages, CHUNK, 64)), shared((stages, CHUNK, 64)), shared(TILE), shared(TILE)]
+    scratch = [shared((stages, CHUNK, 64)), shared((stages, CHUNK, 64)), shared(TILE)]
     scratch += [plgpu.Barrier(num_arrivals=2, num_barriers=stages)]
     scratch += [plgpu.SMEM((SIZE,), F32), plgpu.Barrier()] if packed else []
     return plgpu.kernel(
@@ -165,6 +161,7 @@ def finish(
     B, T, H, K = q.shape
     chunks, slices, group = T // CHUNK, K // 64, H // k.shape[2]
     blocks, parts = -(-chunks // chunks_per_block), dq_carried.shape[0]
+    DK = DQ + max(parts, 2)
     packed, interpreted = documents is not None, interpret is not None
 
     def kernel(*refs):
@@ -172,7 +169,7 @@ def finish(
         q_g, k_g, g_g, pairs_g, diagonal_g, dq_carried_g, dk_carried_g, across_g, table_g = refs[:9]
         del refs[:9]
         factors_g = refs.pop(0) if packed else None
-        dq_g, dk_g, dg_g, q_s, k_s, g_s, dq_s, dk_s, pairs_s, tiles_s, tables_s, *refs = refs
+        dq_g, dk_g, dg_g, inputs_s, tiles_s, tables_s, *refs = refs
         diagonal_s, across_s, worst_s, zero_s, arrived, dq_arrived, dk_arrived, pairs_arrived, ready, *rest = refs
         factors_s = rest.pop(0) if packed else None
         product = Products(rest.pop(0) if interpreted else None)
@@ -189,61 +186,58 @@ def finish(
         def fetch(step):
             slot = lax.rem(step, STAGES)
             chunk, tokens, channels = of_step(step)
-            copy = lambda source, target: plgpu.copy_gmem_to_smem(source, target.at[slot], arrived.at[slot])
-            copy(g_g.at[b, tokens, g, channels], g_s)
-            copy(q_g.at[b, tokens, h, channels], q_s)
-            copy(k_g.at[b, tokens, g, channels], k_s)
-            copy(diagonal_g.at[b, h, chunk], diagonal_s)
-            copy(across_g.at[b, h, chunk, channels], across_s)
+            copy = lambda source, target: plgpu.copy_gmem_to_smem(source, target, arrived.at[slot])
+            copy(g_g.at[b, tokens, g, channels], inputs_s.at[slot * 3 + 2])
+            copy(q_g.at[b, tokens, h, channels], inputs_s.at[slot * 3])
+            copy(k_g.at[b, tokens, g, channels], inputs_s.at[slot * 3 + 1])
+            copy(diagonal_g.at[b, h, chunk], diagonal_s.at[slot])
+            copy(across_g.at[b, h, chunk, channels], across_s.at[slot])
             if packed:
-                copy(factors_g.at[b, chunk], factors_s)
+                copy(factors_g.at[b, chunk], factors_s.at[slot])
 
-        def fetch_carried(step, source, target, barrier):
+        def fetch_carried(step, source, start, barrier):
             _, tokens, channels = of_step(step)
             for i in range(parts):
-                plgpu.copy_gmem_to_smem(source.at[i, b, tokens, h, channels], target.at[i], barrier)
+                plgpu.copy_gmem_to_smem(source.at[i, b, tokens, h, channels], tiles_s.at[start + i], barrier)
 
         def fetch_pairs(chunk):
-            plgpu.copy_gmem_to_smem(pairs_g.at[b, h, chunk], pairs_s, pairs_arrived)
+            plgpu.copy_gmem_to_smem(pairs_g.at[b, h, chunk], tiles_s.at[PAIRS], pairs_arrived)
 
         zero_s[0] = jnp.int32(0)
         fetch(0)
-        fetch_carried(0, dq_carried_g, dq_s, dq_arrived)
+        fetch_carried(0, dq_carried_g, DQ, dq_arrived)
         plgpu.copy_gmem_to_smem(table_g, tables_s.at[0], ready)
         fetch_pairs(first)
-        fetch_carried(0, dk_carried_g, dk_s, dk_arrived)
+        fetch_carried(0, dk_carried_g, DK, dk_arrived)
         plgpu.barrier_wait(ready)
 
         def body(step, _):
             slot, c = lax.rem(step, STAGES), lax.rem(step, slices)
             chunk, tokens, channels = of_step(step)
-            q_c, k_c, g_c = q_s.at[slot], k_s.at[slot], g_s.at[slot]
+            q_c, k_c, g_c = (inputs_s.at[slot * 3 + i] for i in range(3))
             # A zero that the compiler cannot see through: addresses are made where they are used, and wait nowhere.
-            tile_s, table_s = tiles_s.at[zero_s[0]], tables_s.at[zero_s[0]]
+            tile, table_s = lambda i: tiles_s.at[zero_s[0] + i], tables_s.at[zero_s[0]]
             raw_q, raw_k = lambda: q_c[...].astype(F32), lambda: k_c[...].astype(F32)
             own_factors = factors_s.at[slot] if packed else None
             diagonal = lambda: along_rows(load(diagonal_s.at[slot], ROW), TILE)
 
-            def carried(parts_s, barrier, bit, mask):
+            def carried(start, arrived, bit, mask):
                 """What pairs around the chunk's boundary give, gated."""
-                plgpu.barrier_wait(barrier)
-                whole = functools.reduce(jnp.add, [parts_s.at[i][...].astype(F32) for i in range(parts)])
+                plgpu.barrier_wait(arrived)
+                weight = pin(jnp.exp(product(matrix(table_s, bit), g_c, TILE)))
+                whole = functools.reduce(jnp.add, [tile(start + i)[...].astype(F32) for i in range(parts)])
                 whole = whole * mask() if packed else whole
-                return pin(whole * jnp.exp(product(matrix(table_s, bit), g_c, TILE)))
-
-            def masked_pairs(mask):
-                return where(mask, pairs_s[...], jnp.bfloat16(0.0))
+                return pin(whole * weight)
 
             plgpu.barrier_wait(arrived.at[slot])
             g_c[...] = jnp.maximum(load(g_c, WGMMA), jnp.asarray(FLOOR, BF16))
             plgpu.commit_smem()
-            dq = carried(dq_s, dq_arrived, PREFIX, lambda: reached(own_factors))
+            dq = carried(DQ, dq_arrived, PREFIX, lambda: reached(own_factors))
             change = pin(raw_q() * dq)
 
             @pl.when(step + 1 < steps)
             def _():
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # and all warps for each other
-                fetch_carried(step + 1, dq_carried_g, dq_s, dq_arrived)
                 fetch(step + 1)
 
             @pl.when(c == 0)
@@ -252,80 +246,94 @@ def finish(
 
             zeros = plgpu.layout_cast(jnp.zeros(TILE, F32), WGMMA)
 
+            def choose_pairs(bits):
+                tile(CHOSEN)[...] = tile(PAIRS)[...] * indicator(table_s, bits)
+
             def bounded(n, exponents, dq, dk, change):
-                # Factors of keys are made twice, of exponents that `pin` makes new: there is no room to keep them.
-                e = pin(around_middle(n, exponents))
-                tile_s[...] = (raw_k() * jnp.exp(-e)).astype(BF16)
+                @pl.when(n < WHOLE)
+                def _():
+                    choose_pairs((1 << (n + 1)) - 1)
+
+                e = exponents * along_rows(of_halves(n, LOG2_E, -LOG2_E), TILE)
+                of_q, of_k = pin(jnp.exp2(e)), pin(jnp.exp2(-e))
+                queries, keys = tile(QUERIES), tile(KEYS)
+                queries[...] = (raw_q() * of_q).astype(BF16)
+                keys[...] = (raw_k() * of_k).astype(BF16)
                 plgpu.commit_smem()
-                for_q = product(masked_pairs(pairs_below(table_s, n)), tile_s, TILE)
-                e = pin(e)
-                weight = jnp.exp(e)
-                high = pin((raw_q() * weight).astype(BF16))
-                change, dq = pin(change + high.astype(F32) * for_q), pin(dq + for_q * weight)
-                settle()
-                tile_s[...] = high
-                plgpu.commit_smem()
-                for_k = product(masked_pairs(pairs_above(table_s, n)), tile_s, TILE)
-                weight = jnp.exp(-pin(e))
-                low = (raw_k() * weight).astype(BF16)
-                return dq, dk + for_k * weight, change - low.astype(F32) * for_k
+                pairs = tile(jnp.where(n < WHOLE, CHOSEN, PAIRS))
+                for_q = product(pairs, keys, TILE)
+                dq = pin(dq + for_q * of_q)
+                change = pin(change + queries[...].astype(F32) * for_q)
+                for_k = product(pairs.T, queries, TILE)
+                return dq, dk + for_k * of_k, change - keys[...].astype(F32) * for_k
 
             def level(n, exponents, dq, dk, change):
-                weight = jnp.exp(exponents)
-                tile_s[...] = (where(right_half(n), raw_q(), raw_k()) * weight).astype(BF16)
+                weight, keys = jnp.exp(exponents), tile(KEYS)
+                keys[...] = (halves(q_c, k_c, n).astype(F32) * weight).astype(BF16)
+                choose_pairs(1 << n)
                 plgpu.commit_smem()
                 # A zero that the compiler does not know of: one known would be the other branch's too, and then
                 # registers do not suffice, which has every product of the kernel wait for each of its instructions.
                 zero = plgpu.layout_cast(jnp.full(TILE, zero_s[0].astype(F32)), WGMMA)
-                Y = product(masked_pairs(pairs_across(table_s, n)), tile_s, TILE, onto=zero)
-                signed = Y * tile_s[...].astype(F32)
-                change = pin(change + where(right_half(n), signed, -signed))
+                pairs = tile(CHOSEN)
+                Y = product.total([(pairs, keys), (pairs.T, keys)], TILE, onto=zero)
+                change = pin(change + Y * keys[...].astype(F32) * along_rows(of_halves(n, 1.0, -1.0), TILE))
                 Y = Y * weight
-                return pin(dq + where(right_half(n), Y, 0.0)), pin(dk + where(right_half(n), 0.0, Y)), change
+                dq = pin(dq + Y * along_rows(of_halves(n, 1.0, 0.0), TILE))
+                return dq, pin(dk + Y * along_rows(of_halves(n, 0.0, 1.0), TILE)), change
 
             dq, dk, change = by_halves(
                 product, g_c, table_s, worst_s, bounded, level, (dq, zeros, change), down_to=0
             )  # fmt: skip
 
-            dq = pin(((dq + diagonal() * raw_k()) * scale).astype(BF16))
-            from_after = carried(dk_s, dk_arrived, SUFFIX, lambda: of_rows(own_factors, REACHING))
-            later = pin((raw_k() * from_after).astype(BF16))
-            dk = ((dk + diagonal() * raw_q()) * scale + from_after).astype(BF16)
-            q_c[...], k_c[...] = dq, dk
-            settle()
+            plgpu.commit_smem()  # and not `settle`: tiles that were written as factors are TMA's again
 
             @pl.when(step + 1 < steps)
             def _():
-                fetch_carried(step + 1, dk_carried_g, dk_s, dk_arrived)
+                fetch_carried(step + 1, dq_carried_g, DQ, dq_arrived)
 
                 @pl.when(c == slices - 1)
                 def _():
                     fetch_pairs(chunk + 1)
 
-            # Sums within the chunk are products with ones, in two bf16 limbs where terms of both signs cancel.
+            # Sums within the chunk are products with ones, in two bf16 limbs where terms of both signs cancel. All that
+            # is to be summed goes where its own rows have been read.
+            high_s = tile(KEYS)
             change = change * scale
             high = change.astype(BF16)
-            dg = along_columns(load(across_s.at[slot], COLUMN), TILE)
-            for limb, earlier in ((high, False), ((change - high.astype(F32)).astype(BF16), False), (later, True)):
-                tile_s[...] = limb
-                plgpu.commit_smem()
-                before = (table_s[...] & jnp.int16(LOWER)) != jnp.int16(0)
-                ones = where(before, 1.0, 0.0) if earlier else where(before, 0.0, 1.0)
-                dg = product(ones.astype(BF16), tile_s, TILE, onto=dg)
-                settle()
-            dg = where(g_c[...].astype(F32) > FLOOR, dg, 0.0)
-            dg = dg * of_rows(own_factors, GOES_ON) if packed else dg
-            g_c[...] = dg.astype(BF16)
+            high_s[...] = high
+            low = pin((change - high.astype(F32)).astype(BF16))
+            dq = pin(((dq + diagonal() * raw_k()) * scale).astype(BF16))
+            table_s = tables_s.at[zero_s[0]]
+            from_after = carried(DK, dk_arrived, SUFFIX, lambda: of_rows(own_factors, REACHING))
+            low_s, later_s = tile(DK), q_c
+            low_s[...] = low
+            later = pin((raw_k() * from_after).astype(BF16))
+            k_c[...] = ((dk + diagonal() * raw_q()) * scale + from_after).astype(BF16)
+            later_s[...] = later
             plgpu.commit_smem()
-            for tile, out in ((q_c, dq_g), (k_c, dk_g), (g_c, dg_g)):
-                plgpu.copy_smem_to_gmem(tile, out.at[b, tokens, h, channels])
+            before, from_here = triangles(table_s)
+            dg = along_columns(load(across_s.at[slot], COLUMN), TILE)
+            dg = product.total([(from_here, high_s), (from_here, low_s), (before, later_s)], TILE, onto=dg)
+            settle()
+
+            @pl.when(step + 1 < steps)
+            def _():
+                fetch_carried(step + 1, dk_carried_g, DK, dk_arrived)
+
+            dg = where(load(g_c) > jnp.asarray(FLOOR, BF16), dg, 0.0)
+            dg = dg * of_rows(own_factors, GOES_ON) if packed else dg
+            q_c[...], g_c[...] = dq, dg.astype(BF16)
+            plgpu.commit_smem()
+            for of_chunk, out in ((q_c, dq_g), (k_c, dk_g), (g_c, dg_g)):
+                plgpu.copy_smem_to_gmem(of_chunk, out.at[b, tokens, h, channels])
             return ()
 
         lax.fori_loop(0, steps, body, ())
         plgpu.wait_smem_to_gmem(0)
 
     tiles = lambda count: shared((count, CHUNK, 64))
-    scratch = [tiles(STAGES), tiles(STAGES), tiles(STAGES), tiles(parts), tiles(parts), shared(TILE), tiles(1)]
+    scratch = [tiles(3 * STAGES), tiles(DQ + max(parts, 2) + parts)]
     scratch += [shared((1, CHUNK, 64), jnp.int16), plgpu.SMEM((STAGES, 64), F32), plgpu.SMEM((STAGES, 64), F32)]
     scratch += [plgpu.SMEM((64,), F32), plgpu.SMEM((1,), jnp.int32)]
     scratch += [plgpu.Barrier(num_arrivals=5 + packed, num_barriers=STAGES)]

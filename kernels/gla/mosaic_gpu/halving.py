@@ -28,6 +28,8 @@ SUFFIX, PREFIX = 7, 8  # matrices: t > i, t <= i
 LEVEL = 9  # + n, matrices: t lies between i and the middle of its block of 2^(n+1) rows
 DIAGONAL = -(1 << 15)  # the sign: t == i
 
+TWO = 0x4000  # as bf16, whose last 7 bits are free
+
 WHOLE = 5  # n of the chunk itself: blocks of 2^(n+1) = 64 rows
 SMALLEST = 3  # n of the smallest blocks that are asked
 ENDS = tuple(row for start in range(0, 64, 16) for row in (start, start + 15))  # where such blocks decay the most
@@ -64,19 +66,22 @@ def up_to(table_s) -> jax.Array:
     return (table_s[...] & jnp.int16(LOWER | DIAGONAL)) != jnp.int16(0)
 
 
-def pairs_below(table_s, n) -> jax.Array:
-    """Where t < i, of one block of 2^(n+1) rows."""
-    return (table_s[...] & _below(n)) > jnp.int16(LOWER)
-
-
-def pairs_above(table_s, n) -> jax.Array:
-    """Where t > i, of one block of 2^(n+1) rows."""
-    return ((table_s[...] & _below(n)) ^ jnp.int16(LOWER)) > jnp.int16(LOWER)
-
-
 def pairs_across(table_s, n) -> jax.Array:
     """Where i and t are of one block of 2^(n+1) rows, and of different halves."""
     return (table_s[...] & mask(1 << n)) != jnp.int16(0)
+
+
+def indicator(table_s, bits) -> jax.Array:
+    """1 where a code has any of `bits`, all below bit 6, else 0: a factor of pairs in bf16. (By arithmetic, as a select
+    takes pairs of bf16 apart: 2 + bits / 64 is one bit more.)"""
+    code = lax.bitcast_convert_type((table_s[...] & mask(bits)) | jnp.int16(TWO), BF16)
+    return jnp.minimum((code - jnp.asarray(2, BF16)) * jnp.asarray(64, BF16), jnp.asarray(1, BF16))
+
+
+def triangles(table_s) -> tuple[jax.Array, jax.Array]:
+    """1 where t < i, else 0; 1 where t >= i, else 0."""
+    code = lax.bitcast_convert_type((table_s[...] & jnp.int16(LOWER)) | jnp.int16(TWO), BF16)
+    return code - jnp.asarray(2, BF16), jnp.asarray(3, BF16) - code
 
 
 def by_halves(product, gates, table_s, worst_s, bounded, level, carry, *, down_to: int):
@@ -106,7 +111,3 @@ def by_halves(product, gates, table_s, worst_s, bounded, level, carry, *, down_t
 def around_middle(n, exponents) -> jax.Array:
     """Exponents of queries in blocks that fit: keys have minus these."""
     return where(right_half(n), exponents, -exponents)
-
-
-def _below(n):
-    return mask(LOWER | ((1 << (n + 1)) - 1))

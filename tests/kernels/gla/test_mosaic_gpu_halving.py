@@ -23,10 +23,14 @@ def test_every_pair_is_in_one_product(fits):
     count += np.asarray(halving.pairs_within(table, fits))
     np.testing.assert_array_equal(count, 1)
     np.testing.assert_array_equal(halving.up_to(table), COLUMN <= ROW)
+    before, from_here = halving.triangles(table)
+    np.testing.assert_array_equal(before, COLUMN < ROW)
+    np.testing.assert_array_equal(from_here, COLUMN >= ROW)
     for n in range(6):
         same_block = ROW >> (n + 1) == COLUMN >> (n + 1)
-        np.testing.assert_array_equal(halving.pairs_below(table, n), same_block & (COLUMN < ROW))
-        np.testing.assert_array_equal(halving.pairs_above(table, n), same_block & (COLUMN > ROW))
+        within, across = (halving.indicator(table, bits) for bits in ((1 << (n + 1)) - 1, 1 << n))
+        np.testing.assert_array_equal(within, same_block & (COLUMN != ROW))
+        np.testing.assert_array_equal(across, halving.pairs_across(table, n))
 
 
 @pytest.mark.parametrize("n", range(6))
