@@ -25,6 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ...once import once
 from .anchors import CHUNK, FLOOR
 from .backward_chunk import MASK, Walk
 from .backward_tiers import tier_1, tiers_2_and_3
@@ -58,6 +59,7 @@ class BackwardTiles:
     cut: Cut = WHOLE  # of the sequence, into pieces that are walked side by side
 
 
+@once
 def backward(
     q,
     k,

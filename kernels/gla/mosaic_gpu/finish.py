@@ -26,6 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ...once import once
 from .anchors import CHUNK, FLOOR
 from .documents import GOES_ON, REACHING, SIZE, of_rows, reached, together
 from .gating import halves, right_rows
@@ -63,7 +64,7 @@ def of_halves(n, right, left) -> jax.Array:
     return right_rows(n).astype(F32) * (left - right) + left
 
 
-@functools.partial(jax.jit, static_argnames="interpret")
+@once
 def pair_gradients(do, v, *, documents=None, interpret=None):
     """dP = do v^T within chunks: its strict lower triangle, and its diagonal.
 
@@ -142,7 +143,7 @@ def pair_gradients(do, v, *, documents=None, interpret=None):
     )(do, v, *([documents] if packed else []))
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "chunks_per_block", "interpret"))
+@once
 def finish(
     q, k, log_alpha, pairs, diagonal, dq_carried, dk_carried, across, *, scale, documents=None, chunks_per_block=8,
     interpret=None,

@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ...once import once
 from . import forward_tiers
 from .anchors import CHUNK, beyond_limit
 from .gating import Middle, around_middle, half_sums
@@ -54,6 +55,7 @@ class ForwardTiles:
     cut: Cut = WHOLE  # of the sequence, into pieces that are walked side by side
 
 
+@once
 def forward(
     q,
     k,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ...dispatch import hopper_obstacle
+from ...once import lower_first, wait_for_kernels
 from ..partition import shard_over_batch_and_heads
 from .anchors import CHUNK
 from .backward import backward
@@ -63,12 +64,12 @@ def gated_linear_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _attend(scale, return_final_state, interpret, q, k, v, log_alpha, state, documents):
-    o, final_state, _ = _forward(scale, interpret, False, q, k, v, log_alpha, state, documents)
+    o, final_state, _ = _forward(scale, return_final_state, interpret, False, q, k, v, log_alpha, state, documents)
     return o, final_state
 
 
 def _attend_forward(scale, return_final_state, interpret, *inputs):
-    o, final_state, states = _forward(scale, interpret, True, *inputs)
+    o, final_state, states = _forward(scale, return_final_state, interpret, True, *inputs)
     return (o, final_state), (inputs, states)
 
 
@@ -83,31 +84,8 @@ def _attend_backward(scale, return_final_state, interpret, residuals, cotangents
     if documents is not None:
         names, arrays = [*names, "B T"], [*arrays, documents]
 
-    def run(q, k, v, log_alpha, do, codes, matrices, sums, *rest):
-        (tiers_of_chunks, *states), rest = rest[: len(saved)], list(rest[len(saved) :])
-        final_gradient = rest.pop(0) if return_final_state else None
-        options = {"scale": scale, "documents": rest.pop(0) if rest else None, "interpret": interpret}
-        tiles = backward_tiles(q.shape, v.shape)
-        pieces = own_gradients(q, do, log_alpha, sums, cut=tiles.cut, **options) if tiles.cut.pieces > 1 else None
-        dq, dk, dg, dv, d_initial = backward(
-            q,
-            k,
-            v,
-            log_alpha,
-            do,
-            tiers_of_chunks,
-            states,
-            codes,
-            matrices,
-            tiles=tiles,
-            final_gradient=final_gradient,
-            pieces=pieces,
-            **options,
-        )
-        G = k.shape[2]
-        return _summed(dq, q.shape[2]), _summed(dk, G), _summed(dv[None], G), _summed(dg, G), d_initial
-
     outputs = ["B T H K", "B T G K", "B T G V", "B T G K", "B H K V"]
+    run = functools.partial(_gradients, scale, return_final_state, interpret)
     dq, dk, dv, dg, d_state = _sharded(run, names, outputs, interpret)(*arrays)
     return dq, dk, dv, dg, (None if state is None else d_state), None
 
@@ -115,7 +93,7 @@ def _attend_backward(scale, return_final_state, interpret, residuals, cotangents
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _forward(scale, interpret, save_states, q, k, v, log_alpha, state, documents):
+def _forward(scale, return_final_state, interpret, save_states, q, k, v, log_alpha, state, documents):
     """o, the final state, and the states that enter each chunk (None unless they are to be saved), per shard."""
     names, arrays = ["B T H K", "B T G K", "B T G V", "B T G K", *CONSTANTS], [q, k, v, log_alpha]
     arrays += map(jnp.asarray, (codes(), matrices(), decay_sums(reverse=False)))
@@ -134,11 +112,43 @@ def _forward(scale, interpret, save_states, q, k, v, log_alpha, state, documents
             q, k, v, log_alpha, codes, matrices, scale=scale, tiles=tiles, initial_state=initial_state, pieces=pieces,
             save_states=save_states, **options,
         )  # fmt: skip
+        if interpret is None and not save_states:
+            o = wait_for_kernels(o)
         return o, final_state, *states
 
+    def run_in_training(q, *rest):
+        """Lowers the backward first, whose compilation is the longest."""
+        o, final_state, *saved = jax.eval_shape(run, q, *rest)
+        (k, v, log_alpha, *tables), rest = rest[:6], rest[6:]
+        after = [final_state] if return_final_state else []
+        after += rest[-1:] if documents is not None else []
+        backward = functools.partial(_gradients, scale, return_final_state, interpret)
+        q = lower_first(q, backward, q, k, v, log_alpha, o, *tables, *saved, *after)
+        return run(q, k, v, log_alpha, *tables, *rest)
+
     outputs = ["B T H V", "B H K V"] + (["B H C"] + ["B T H V"] * (q.shape[-1] // 64) if save_states else [])
-    o, final_state, *states = _sharded(run, names, outputs, interpret)(*arrays)
+    of_share = run_in_training if save_states and interpret is None else run
+    o, final_state, *states = _sharded(of_share, names, outputs, interpret)(*arrays)
     return o, final_state, states
+
+
+def _gradients(scale, return_final_state, interpret, q, k, v, log_alpha, do, codes, matrices, sums, *rest):
+    """dq, dk, dv, dlog_alpha and the initial state's, of a device's share. `rest`: what the forward saved, the gradient
+    of the final state if that is returned, documents if there are any."""
+    tiers_of_chunks, *rest = rest
+    states, rest = rest[: q.shape[-1] // 64], rest[q.shape[-1] // 64 :]
+    final_gradient = rest.pop(0) if return_final_state else None
+    options = {"scale": scale, "documents": rest.pop(0) if rest else None, "interpret": interpret}
+    tiles = backward_tiles(q.shape, v.shape)
+    pieces = own_gradients(q, do, log_alpha, sums, cut=tiles.cut, **options) if tiles.cut.pieces > 1 else None
+    dq, dk, dg, dv, d_initial = backward(
+        q, k, v, log_alpha, do, tiers_of_chunks, states, codes, matrices, tiles=tiles, final_gradient=final_gradient,
+        pieces=pieces, **options,
+    )  # fmt: skip
+    if interpret is None:
+        dq = wait_for_kernels(dq)
+    G = k.shape[2]
+    return _summed(dq, q.shape[2]), _summed(dk, G), _summed(dv[None], G), _summed(dg, G), d_initial
 
 
 def _sharded(run, inputs, outputs, interpret):

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from ...once import once
 from .anchors import CHUNK, FLOOR
 from .warpgroup import BF16, COMPILER, F32, ROW, TILE, WGMMA, Products, along_rows, load, shared, split, where
 
@@ -68,6 +69,7 @@ def decay_sums(*, reverse: bool) -> np.ndarray:
     return np.concatenate([t <= i if reverse else t > i, np.ones((8, 64), bool)]).astype(BF16)
 
 
+@once
 def own_states(k, v, log_alpha, sums, *, cut: Cut, documents=None, interpret=None) -> Pieces:
     """The state that each piece but the last builds from zero.
 
@@ -78,6 +80,7 @@ def own_states(k, v, log_alpha, sums, *, cut: Cut, documents=None, interpret=Non
     return _walk(k, v, log_alpha, sums, 1.0, cut, documents, False, interpret)
 
 
+@once
 def own_gradients(q, do, log_alpha, sums, *, scale, cut: Cut, documents=None, interpret=None) -> Pieces:
     """The gradient that each piece but the first gives the state that enters it, where none leaves it.
 

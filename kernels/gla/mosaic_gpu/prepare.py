@@ -10,8 +10,6 @@ and P between documents. Blocks are halved (halving.py) as the gates of every 64
 channels. One warpgroup works through the channels of a few chunks, while TMA brings the next.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ...once import once
 from .anchors import CHUNK, FLOOR, right_half
 from .documents import REACHING, SIZE, goes_through, of_rows, reached, together
 from .halving import (
@@ -37,7 +36,7 @@ from .warpgroup import BF16, COMPILER, F32, TILE, WGMMA, Products, load, settle,
 STAGES = 2
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "chunks_per_block", "interpret"))
+@once
 def prepare(q, k, log_alpha, *, scale, documents=None, chunks_per_block=4, interpret=None):
     """q~, k~, P and decay.
 

@@ -25,6 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ...once import once
 from .anchors import CHUNK
 from .warpgroup import BF16, COLUMN, COMPILER, F32, ROW, WGMMA, along_columns, along_rows, load, shared, split
 
@@ -46,6 +47,7 @@ class WalkTiles:
         return 64 * COMPUTE
 
 
+@once
 def walk(
     left,
     right,

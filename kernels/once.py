@@ -1,0 +1,124 @@
+"""Mosaic kernels that are lowered once in a process, and compiled while others are lowered.
+
+XLA compiles the Mosaic kernels of a program one after another. It keeps what it compiled, and knows a kernel again by
+its bytes, but Pallas lowers a kernel to other bytes each time (a count is among them). So here a kernel is lowered for
+all programs of the process, by jax.export, when the first of them is; and, on a machine with GPUs, starts to compile in
+a thread. XLA does not wait for a kernel that is under way elsewhere, but compiles it too: hence `wait_for_kernels`.
+"""
+
+import concurrent.futures
+import functools
+import threading
+from collections.abc import Callable, Iterator
+
+import jax
+from jax import export
+from jax.extend.core import Primitive, jaxpr_as_fun, jaxprs_in_params
+from jax.interpreters import mlir
+
+from .dispatch import vary_alike
+
+ARRAY = object()  # in the place of an array, among options
+NO_MESH = jax.sharding.AbstractMesh((), ())
+
+_lock = threading.RLock()
+_threads = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="kernels")
+_under_way: set[concurrent.futures.Future] = set()
+
+
+def once(fn: Callable) -> Callable:
+    """`fn`, lowered once for all calls with arrays of the same shapes and dtypes and equal other arguments.
+
+    For a function of arrays (or trees of them) and hashable options that calls Mosaic kernels, without a derivative or
+    batching of its own, on one device's arrays. With `interpret`, it is called as it is.
+    """
+
+    @functools.wraps(fn)
+    def call(*args, interpret=None, **kwargs):
+        if interpret is not None:
+            return fn(*args, interpret=interpret, **kwargs)
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        arrays = [x for x in leaves if isinstance(x, jax.Array)]
+        of_arrays = _of_arrays(fn, tree, tuple(ARRAY if isinstance(x, jax.Array) else x for x in leaves))
+        with jax.sharding.use_abstract_mesh(NO_MESH):
+            traced = of_arrays.trace(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays))
+        out = vary_alike(*arrays, *_call.bind(*arrays, kernels=traced.jaxpr))[len(arrays) :]
+        return jax.tree.unflatten(jax.tree.structure(traced.out_info), out)
+
+    return call
+
+
+def lower_first(x: jax.Array, fn: Callable, *arrays) -> jax.Array:
+    """x; the kernels that `fn(*arrays)` calls are lowered before those that x goes to, the last first.
+
+    That is for those that take longest to compile. `arrays` may be jax.ShapeDtypeStructs.
+    """
+    kernels = dict.fromkeys(_kernels(jax.make_jaxpr(fn)(*arrays)))
+    return _aside.bind(x, kernels=tuple(reversed(kernels)), wait=False)
+
+
+def wait_for_kernels(x: jax.Array) -> jax.Array:
+    """x; all kernels lowered before it are compiled before the program is."""
+    return _aside.bind(x, kernels=(), wait=True)
+
+
+@functools.cache
+def _of_arrays(fn, tree, options):
+    def of_arrays(*arrays):
+        arrays = iter(arrays)
+        args, kwargs = jax.tree.unflatten(tree, [next(arrays) if x is ARRAY else x for x in options])
+        return fn(*args, **kwargs)
+
+    of_arrays.__name__ = fn.__name__
+    return jax.jit(of_arrays)  # whose cache gives the same jaxpr for the same shapes
+
+
+def _kernels(jaxpr) -> Iterator:
+    for eqn in jaxpr.eqns:
+        if eqn.primitive is _call:
+            yield eqn.params["kernels"]
+        else:
+            for inner in jaxprs_in_params(eqn.params):
+                yield from _kernels(inner)
+
+
+def _lowered(kernels) -> export.Exported:
+    with _lock, jax.sharding.use_abstract_mesh(NO_MESH):
+        return _lower(kernels)
+
+
+@functools.cache
+def _lower(kernels):
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in kernels.in_avals]
+    unchecked = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+    lowered = export.export(jax.jit(jaxpr_as_fun(kernels)), platforms=["cuda"], disabled_checks=unchecked)(*shapes)
+    if jax.default_backend() == "gpu":
+        # Errors stay in the thread: the program's own compilation meets them again.
+        compiling = _threads.submit(lambda: jax.jit(lowered.call).lower(*shapes).compile() and None)
+        _under_way.add(compiling)
+        compiling.add_done_callback(_under_way.discard)
+    return lowered
+
+
+def _lower_call(ctx, *arrays, kernels):
+    return mlir.lower_fun(_lowered(kernels).call, multiple_results=True)(ctx, *arrays)
+
+
+def _lower_aside(ctx, x, kernels, wait):
+    for each in kernels:
+        _lowered(each)
+    if wait:
+        concurrent.futures.wait(set(_under_way))
+    return [x]
+
+
+_call = Primitive("lowered_once")
+_call.multiple_results = True
+_call.def_abstract_eval(lambda *_, kernels: [jax.core.ShapedArray(x.shape, x.dtype) for x in kernels.out_avals])
+_call.def_impl(lambda *arrays, kernels: jax.jit(_lowered(kernels).call)(*arrays))
+mlir.register_lowering(_call, _lower_call, platform="cuda")
+
+_aside = Primitive("lowered_aside")  # x as it is; what happens, happens when the program is lowered
+_aside.def_abstract_eval(lambda x, **_: x)
+_aside.def_impl(lambda x, **_: x)
+mlir.register_lowering(_aside, _lower_aside)
