@@ -53,7 +53,9 @@ def lower_first(x: jax.Array, fn: Callable, *arrays) -> jax.Array:
 
     That is for those that take longest to compile. `arrays` may be jax.ShapeDtypeStructs.
     """
-    kernels = dict.fromkeys(_kernels(jax.make_jaxpr(fn)(*arrays)))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
+    with jax.sharding.use_abstract_mesh(NO_MESH):
+        kernels = dict.fromkeys(_kernels(jax.make_jaxpr(fn)(*shapes)))
     return _aside.bind(x, kernels=tuple(reversed(kernels)), wait=False)
 
 
