@@ -65,10 +65,9 @@ def tiers_2_and_3(
         for x, n, exponents in zip(tiles, levels, D, strict=True):
             x[...] = gating.halves(q, k, n) * jnp.exp2(exponents * to_exponents(level_of(n)[1])).astype(BF16)
         plgpu.commit_smem()
-        *pairs, code = product.several(*(([(x, x.T)], TILE) for x in tiles), during=lambda: pin(load(codes(0))))
-        for n, found in zip(levels, pairs, strict=True):
-            P = pin(where(has(code, jnp.left_shift(2, n) - 1), found, P))
-        return P
+        coarse, fine, code = product.several(*(([(x, x.T)], TILE) for x in tiles), during=lambda: pin(load(codes(0))))
+        of_either, of_fine = (has(code, jnp.left_shift(2, n) - 1) for n in levels)
+        return pin(where(of_either, where(of_fine, fine, coarse), P))
 
     P = lax.fori_loop(0, jnp.where(within, 1, 3), two_levels, P)
     settle()
@@ -93,7 +92,8 @@ def tiers_2_and_3(
         # (Added by products, which need no address in a thread's registers.)
         one = indicator(load(codes(0)), DIAGONAL)
         others = [tile(lax.rem(w + n, warpgroups), i) for n in range(1, warpgroups) for i in (0, 1)]
-        P, before, after, *halves = product.beside([(one, x) for x in others], P, *whole)
+        P, before = product.beside([(one, x) for x in others], P, whole[0])
+        after, *halves = product.several(*whole[1:])
     else:
         before, after, *halves = product.several(*whole)
     P = pin(keep(P, codes(PAST)))

@@ -118,6 +118,8 @@ def follow(jaxpr, env, warps):
         elif name in ("get", "load", "swap"):
             ref, rest = eqn.invars[0], eqn.invars[2:] if name == "swap" else eqn.invars[1:]
             if not shared_memory(ref):
+                if isinstance(value(ref), int):  # what run_state closes over comes in refs
+                    env[eqn.outvars[0]] = value(ref)
                 continue
             at, shape = place(ref, params["tree"], rest), eqn.outvars[0].aval.shape
             if name == "swap":
