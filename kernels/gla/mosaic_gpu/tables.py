@@ -94,19 +94,10 @@ def to_exponents(bit):
     return jnp.where(bit < 13, jnp.where(bit == 11, values[0], values[1]), jnp.where(bit == 13, values[2], values[3]))
 
 
-def bits_of(code: jax.Array, bits) -> jax.Array:
-    """`bits` of pairs that a code has, for `any_of`: in bf16, 2 where none, else more."""
-    return lax.bitcast_convert_type((code & mask(bits)) | jnp.int16(0x4000), BF16)
-
-
-def any_of(bits: jax.Array) -> jax.Array:
-    """Where `bits_of` found any. (One comparison of bf16 is two of 16-bit integers.)"""
-    return bits > jnp.asarray(2, BF16)
-
-
 def has(code: jax.Array, bits) -> jax.Array:
-    """Where a code has any of `bits`, which are bits of pairs."""
-    return any_of(bits_of(code, bits))
+    """Where a code has any of `bits`, which are bits of pairs. (One comparison of bf16 is two of 16-bit integers.)"""
+    found = lax.bitcast_convert_type((code & mask(bits)) | jnp.int16(0x4000), BF16)  # 2 where none, else more
+    return found > jnp.asarray(2, BF16)
 
 
 def indicator(code: jax.Array, bits) -> jax.Array:

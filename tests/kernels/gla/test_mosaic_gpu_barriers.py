@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.extend import source_info_util
-from jax.extend.core import Literal, Var
+from jax.extend.core import Literal, Var, jaxprs_in_params
 
 from kernels.gla import mosaic_gpu
 from kernels.gla.mosaic_gpu import backward, finish, forward_tiers
@@ -247,11 +247,8 @@ def kernels_of(K, V, everything, T=1024):
                 for w in range(mesh.num_threads or 1):
                     found.setdefault(eqn.params["name"], []).extend(hazards(getattr(kernel, "jaxpr", kernel), w))
                 continue
-            for value in eqn.params.values():
-                for inner in value if isinstance(value, tuple | list) else [value]:
-                    inner = getattr(inner, "jaxpr", inner)
-                    if hasattr(inner, "eqns"):
-                        look(inner)
+            for inner in jaxprs_in_params(eqn.params):
+                look(inner)
 
     look(jax.make_jaxpr(both)(do, state, documents, *inputs).jaxpr)
     return found
