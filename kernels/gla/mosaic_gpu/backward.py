@@ -202,10 +202,10 @@ def backward(
                 return tiers_2_and_3(walk, step, tier == 2, dS, leaves, of_first, of_last, parking, scale=scale)
 
             # (The smaller branch last: Pallas lowers that one twice.)
-            PT, change, later, dS, before = lax.cond(tier != 1, any_gates, bounded)
+            change, dS, before = lax.cond(tier != 1, any_gates, bounded)
             v = walk.at(step)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(v.out_q, dq_g.at[v.vb, v.b, v.rows, v.h, v.own])
+            plgpu.copy_smem_to_gmem(v.g_own, dq_g.at[v.vb, v.b, v.rows, v.h, v.own])
             plgpu.copy_smem_to_gmem(v.out_k, dk_g.at[v.vb, v.b, v.rows, v.h, v.own])
             if packed:
                 dS = lax.cond(mixed, lambda: dS * 0.0, lambda: dS)
@@ -222,16 +222,17 @@ def backward(
                     plgpu.commit_smem()
                     meet(barrier)
 
-            def send_dv(dv, part):
-                v.limb[...] = dv.astype(BF16)
+            def send_dv(dv, part, tile):
+                tile[...] = dv.astype(BF16)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(v.limb, dv_g.at[v.b, v.rows, v.h, pl.ds(v.vb * VB + part.start, 64)])
+                plgpu.copy_smem_to_gmem(tile, dv_g.at[v.b, v.rows, v.h, pl.ds(v.vb * VB + part.start, 64)])
 
             v = walk.at(step)
             if each_has_values and VW == 64:
                 do, of_dS = (v.tile(name, slice(None), own_values) for name in ("do", "dS"))
-                dS, dv = product.beside([(v.q_own.T, v.do)], dS, ([(PT, do), (v.k, of_dS)], TILE))
-                send_dv(dv, own_values)
+                dS, dv = product.beside([(v.q_own.T, v.do)], dS, ([(v.out_q, do), (v.k, of_dS)], TILE))
+                settle()
+                send_dv(dv, own_values, v.out_q)
                 dS = dS * along_rows(before, (64, VB))
             else:
                 for c in range(VW // 64):
@@ -240,10 +241,13 @@ def backward(
                     def _(c=c):
                         part = pl.ds(own_values.start + 64 * c, 64)
                         do, of_dS = (v.tile(name, slice(None), part) for name in ("do", "dS"))
-                        dv = product.total([(PT, do), (v.k, of_dS)], TILE)
-                        if c:
+                        dv = product.total([(v.out_q, do), (v.k, of_dS)], TILE)
+                        if c + 1 == VW // 64:
+                            settle()
+                            send_dv(dv, part, v.out_q)
+                        else:  # P^T is still needed; dq has left, or does so now
                             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                        send_dv(dv, part)
+                            send_dv(dv, part, v.g_own)
 
                 v = walk.at(step)
                 dS = product(v.q_own.T, v.do, (64, VB), onto=dS) * along_rows(before, (64, VB))
@@ -264,13 +268,12 @@ def backward(
             # while the next chunk arrives. Tiles that are no part of it take the operands.
             v = walk.at(step)
             high = change.astype(BF16)
-            v.out_q[...] = high
+            v.dS_tile[...] = high
             v.out_k[...] = (change - high.astype(F32)).astype(BF16)
-            v.dS_tile[...] = later
             plgpu.commit_smem()
             v = walk.at(step)
             sums_from, sums_before = v.sums()
-            dg = product.total([(sums_from, v.out_q), (sums_from, v.out_k), (sums_before, v.dS_tile)], TILE)
+            dg = product.total([(sums_from, v.dS_tile), (sums_from, v.out_k), (sums_before, v.limb)], TILE)
             dg = dg + along_columns(load(rows_s.at[w], COLUMN), TILE)
             gates = g_g.at[v.b, v.rows, v.g, v.own]
             dg = lax.cond(
@@ -281,9 +284,9 @@ def backward(
             if packed:  # no pair spans a gate between documents: what is left there is rounding
                 dg = lax.cond(starts, lambda: dg * along_rows(goes_on, TILE), lambda: dg)
             settle()
-            v.out_q[...] = dg.astype(BF16)
+            v.out_k[...] = dg.astype(BF16)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(v.out_q, dg_g.at[v.vb, v.b, v.rows, v.h, v.own])
+            plgpu.copy_smem_to_gmem(v.out_k, dg_g.at[v.vb, v.b, v.rows, v.h, v.own])
             if packed:
                 meet(barrier)
 

@@ -51,7 +51,8 @@ class Chunk:
     """
 
     def __init__(self, walk: Walk, step):
-        zero, w = walk.zero_s[0], walk.warpgroup
+        zero = walk.zero_s[0]
+        w = walk.warpgroup + zero
         index = lax.axis_index("block") + zero
         (self.vb, self.h, self.b), self.piece = split(index, walk.value_blocks, walk.heads, walk.batch)
         self.g = lax.div(self.h, walk.group)

@@ -1,8 +1,8 @@
 """What a chunk's pairs, and the states around it, give q, k and the gates: tier 1, and tiers 2 and 3.
 
-Both leave q and k gated for the products with states, dq and dk in their buffers (out_q, out_k), and return P^T (bf16),
-q dq - k dk of the pairs within the chunk, k (v dS^T) in bf16, and dS in the frame of the state that entered, but for a
-last factor.
+Both leave q and k gated for the products with states, and in tiles of this warpgroup, as registers are scarce, dq
+(g_own), dk (out_k), P^T (out_q) and k (v dS^T) (limb). They return q dq - k dk of the pairs within the chunk, and dS in
+the frame of the state that entered, but for a last factor.
 """
 
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from .tables import (
     indicator,
     level_of,
 )
-from .warpgroup import BF16, F32, ROW, TILE, WGMMA, along_rows, load, meet, pin, settle, where
+from .warpgroup import BF16, F32, ROW, TILE, WGMMA, along_rows, in_a_block, load, meet, pin, settle, where
 
 
 def tier_1(walk: Walk, step, dS, leaves, of_first, of_last, *, scale):
@@ -50,7 +50,7 @@ def tier_1(walk: Walk, step, dS, leaves, of_first, of_last, *, scale):
     PT = pin(v.of_keys(PT))
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     v.limb[...] = v.of_keys(dPT)
-    v.out_q[...] = PT  # waits where dq will be: dS and three accumulators leave no registers for it
+    v.out_q[...] = PT
     plgpu.commit_smem()
     v = walk.at(step)
     of_q, of_k, of_states = [(v.limb.T, v.k_own)], [(v.limb, v.q_own)], [(v.v, v.dS_own.T)]
@@ -62,16 +62,17 @@ def tier_1(walk: Walk, step, dS, leaves, of_first, of_last, *, scale):
         for_q, for_k, later = product.several((of_q, TILE), (of_k, TILE), (of_states, TILE))
     v = walk.at(step)
     change = pin(load(v.k_own).astype(F32) * -for_k)
-    for_k = pin(for_k + later)
-    later = pin((load(v.k_own).astype(F32) * later).astype(BF16))
+    settle()
+    v.limb[...] = (load(v.k_own).astype(F32) * later).astype(BF16)
+    v = walk.at(step)
+    D_again = v.around_middle()
+    settle()
+    v.out_k[...] = ((for_k + later) * jnp.exp2(-D_again)).astype(BF16)
     v = walk.at(step)
     change = pin(change + load(v.q_own).astype(F32) * for_q)
     v = walk.at(step)
-    D_again = v.around_middle()
-    PT = pin(load(v.out_q))
-    v.out_q[...] = (for_q * gating.exp2(D_again, scale)).astype(BF16)
-    v.out_k[...] = (for_k * jnp.exp2(-D_again)).astype(BF16)
-    return PT, change, later, dS, before
+    v.g_own[...] = (for_q * gating.exp2(D_again, scale)).astype(BF16)
+    return change, dS, before
 
 
 def tiers_2_and_3(walk: Walk, step, within, dS, leaves, of_first, of_last, parking, *, scale):
@@ -132,6 +133,8 @@ def tiers_2_and_3(walk: Walk, step, within, dS, leaves, of_first, of_last, parki
         plgpu.commit_smem()
         add_pairs(v, product(v.dS_tile, v.out_q.T, TILE), UPPER_IN_16)
         v = walk.at(step)
+        e = pin(gating.signed_in_16(v.exponents(*LEVELS[3])))
+        v = walk.at(step)
         for_q = product(chosen_dP(v, LOWER_IN_16), v.dS_tile, TILE)
         changed = pin(change + for_q * load(v.out_q).astype(F32))
         dq_more = pin(dq + for_q * jnp.exp2(e))
@@ -153,15 +156,19 @@ def tiers_2_and_3(walk: Walk, step, within, dS, leaves, of_first, of_last, parki
     dq = pin(dq + along_rows(diagonal, TILE) * load(v.k_own).astype(F32))
     v = walk.at(step)
     dk = pin(dk + along_rows(diagonal, TILE) * load(v.q_own).astype(F32))
-    v = walk.at(step)
-    e = pin(jnp.exp2(v.exponents(*PREFIX)) * scale)
-    v = walk.at(step)
-    for_q = of_first(product(v.do, v.S_own.T, TILE))
-    v.out_q[...] = (dq + for_q * e).astype(BF16)
-    v = walk.at(step)
-    gated = pin((load(v.q_own).astype(F32) * e).astype(BF16))
-    change = pin(change + for_q * gated.astype(F32))
-    v.q_own[...] = gated
+
+    def of_state(change):
+        v = walk.at(step)
+        e = pin(jnp.exp2(v.exponents(*PREFIX)) * scale)
+        v = walk.at(step)
+        for_q = of_first(product(v.do, v.S_own.T, TILE))
+        v.out_q[...] = (dq + for_q * e).astype(BF16)
+        v = walk.at(step)
+        gated = pin((load(v.q_own).astype(F32) * e).astype(BF16))
+        v.q_own[...] = gated
+        return change + for_q * gated.astype(F32)
+
+    change = in_a_block(walk.zero_s, of_state, change)
     v = walk.at(step)
     v.dS_own[...] = load(parking(v), optimized=False).astype(BF16)
     plgpu.commit_smem()
@@ -177,6 +184,11 @@ def tiers_2_and_3(walk: Walk, step, within, dS, leaves, of_first, of_last, parki
     v = walk.at(step)
     PT = pin(v.of_keys(load(v.limb if walk.warpgroups > 1 else v.out_k)))
     v.out_k[...] = dk
+    v.limb[...] = later
     whole = v.totals(FIRST) * v.totals(SECOND)
+    settle()
+    v = walk.at(step)
+    v.g_own[...] = load(v.out_q)
+    v.out_q[...] = PT
     dS = load(parking(v), optimized=False) * along_rows(whole, (64, walk.value_block))
-    return PT, change, later, dS, plgpu.layout_cast(jnp.ones((64,), F32), ROW)
+    return change, dS, plgpu.layout_cast(jnp.ones((64,), F32), ROW)

@@ -43,6 +43,7 @@ from .warpgroup import (
     Products,
     along_columns,
     along_rows,
+    in_a_block,
     iota,
     load,
     pin,
@@ -262,9 +263,13 @@ def finish(
                 keys[...] = (raw_k() * of_k).astype(BF16)
                 plgpu.commit_smem()
                 pairs = tile(jnp.where(n < WHOLE, CHOSEN, PAIRS))
-                for_q = product(pairs, keys, TILE)
-                dq = pin(dq + for_q * of_q)
-                change = pin(change + queries[...].astype(F32) * for_q)
+
+                def give_q(c):
+                    dq, change = c
+                    for_q = product(pairs, keys, TILE)
+                    return dq + for_q * of_q, change + queries[...].astype(F32) * for_q
+
+                dq, change = in_a_block(zero_s, give_q, (dq, change))
                 for_k = product(pairs.T, queries, TILE)
                 return dq, dk + for_k * of_k, change - keys[...].astype(F32) * for_k
 
@@ -273,11 +278,8 @@ def finish(
                 keys[...] = (halves(q_c, k_c, n).astype(F32) * weight).astype(BF16)
                 choose_pairs(1 << n)
                 plgpu.commit_smem()
-                # A zero that the compiler does not know of: one known would be the other branch's too, and then
-                # registers do not suffice, which has every product of the kernel wait for each of its instructions.
-                zero = plgpu.layout_cast(jnp.full(TILE, zero_s[0].astype(F32)), WGMMA)
                 pairs = tile(CHOSEN)
-                Y = product.total([(pairs, keys), (pairs.T, keys)], TILE, onto=zero)
+                Y = product.total([(pairs, keys), (pairs.T, keys)], TILE)
                 change = pin(change + Y * keys[...].astype(F32) * along_rows(of_halves(n, 1.0, -1.0), TILE))
                 Y = Y * weight
                 dq = pin(dq + Y * along_rows(of_halves(n, 1.0, 0.0), TILE))

@@ -13,6 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
 
 WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)  # one value per row of a [64, n] array
@@ -82,6 +84,15 @@ def pin(x: jax.Array) -> jax.Array:
     return lax.optimization_barrier(x)
 
 
+def in_a_block(zero_s, f, x):
+    """f(x) as a block of code of its own: a loop of one turn. `zero_s`: a zero in shared memory.
+
+    ptxas, too, puts arithmetic off to its last use and keeps the operands until then, whatever `pin` says; but not
+    beyond the end of a loop whose count it cannot know.
+    """
+    return lax.fori_loop(0, zero_s[0] + 1, lambda _, x: f(x), x)
+
+
 def meet(barrier) -> None:
     """All warpgroups of the block wait for each other; None where there is only one."""
     if barrier is not None:
@@ -89,12 +100,32 @@ def meet(barrier) -> None:
         plgpu.barrier_wait(barrier)
 
 
+def warps_wait(_) -> None:
+    mgpu.warpgroup_barrier()
+
+
 def settle(barrier=None) -> None:
     """All threads of the warpgroup, or of the block, wait for each other: tiles that they read can be written."""
     if barrier is None:
-        plgpu.inline_mgpu()(lambda _: mgpu.warpgroup_barrier())()
+        plgpu.inline_mgpu()(warps_wait)()
     else:
         meet(barrier)
+
+
+def from_zero(products):
+    """What accumulators found that started at zero, with a use of a zero after them.
+
+    Without it LLVM takes the register of the last accumulator for the zero that it copies to all accumulators of a
+    block of code; ptxas then sees no zero, and does in 32 moves each what a bit of `wgmma` says.
+    """
+
+    plgpu.inline_mgpu()(use_zero)()
+    return products
+
+
+def use_zero(_) -> None:
+    zero = mgpu.c(0, ir.IntegerType.get_signless(32))
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), [zero], "", "r", has_side_effects=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +154,7 @@ class Products:
             return accumulator[...] if onto is None else None
 
         if onto is None:
-            return pl.run_scoped(run, plgpu.ACC(shape, F32))
+            return from_zero(pl.run_scoped(run, plgpu.ACC(shape, F32)))
         return pl.run_state(run)(plgpu.ACC.init(onto))
 
     def several(self, *chains, during=None) -> tuple:
@@ -140,7 +171,7 @@ class Products:
             meantime = (during(),) if during else ()
             return (*(accumulator[...] for accumulator in accumulators), *meantime)
 
-        return pl.run_scoped(run, *(plgpu.ACC(shape, F32) for _, shape in chains))
+        return from_zero(pl.run_scoped(run, *(plgpu.ACC(shape, F32) for _, shape in chains)))
 
     def beside(self, pairs, onto: jax.Array, *chains) -> list[jax.Array]:
         """`total` of pairs onto a value, and of each (pairs, shape) beside it; all are under way at once."""
@@ -153,7 +184,7 @@ class Products:
                     plgpu.wgmma(accumulator, a, b)
 
         zeros = (plgpu.layout_cast(jnp.zeros(shape, F32), WGMMA) for _, shape in chains)
-        return pl.run_state(run)([plgpu.ACC.init(x) for x in (onto, *zeros)])
+        return from_zero(pl.run_state(run)([plgpu.ACC.init(x) for x in (onto, *zeros)]))
 
     def _interpreted(self, pairs, shape, onto):
         total = onto

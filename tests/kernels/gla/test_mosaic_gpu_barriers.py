@@ -13,6 +13,7 @@ from jax.extend.core import Literal, Var, jaxprs_in_params
 
 from kernels.gla import mosaic_gpu
 from kernels.gla.mosaic_gpu import backward, finish, forward_tiers
+from kernels.gla.mosaic_gpu.warpgroup import warps_wait
 
 ROUNDS = 3  # of a loop that are followed: what one round leaves meets the next, and tiles taken in turns come round
 ARITHMETIC = {
@@ -157,8 +158,9 @@ def follow(jaxpr, env, warps):
         elif name == "commit_smem":
             warps.uncommitted.clear()
             warps.barrier()
-        elif name == "inline_mgpu_p":  # `settle`
-            warps.barrier()
+        elif name == "inline_mgpu_p":
+            if params["mgpu_fn"] is warps_wait:  # `settle`
+                warps.barrier()
         elif name == "wait_smem_to_gmem":
             del warps.sent[: max(len(warps.sent) - params["n"], 0)]
             warps.barrier()
