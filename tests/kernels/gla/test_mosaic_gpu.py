@@ -31,6 +31,7 @@ SHAPES = {
     "two key blocks": (1, 66, 1, 1, 256, 64, False, True, "bfloat16"),
     "float16": (2, 64, 1, 1, 48, 80, True, False, "float16"),
     "many chunks of a wide head": (1, 330, 1, 1, 128, 256, False, False, "bfloat16"),
+    "two value blocks of a wide head": (1, 130, 1, 1, 256, 512, False, False, "bfloat16"),
     "eight chunks": (1, 500, 1, 1, 64, 64, True, True, "bfloat16"),
     "token": (1, 1, 1, 1, 16, 16, False, True, "bfloat16"),
 }
@@ -57,6 +58,7 @@ CASES = [
     ("two key blocks", "wild", None),
     ("many chunks of a wide head", "mild", None),
     ("many chunks of a wide head", "resets", None),
+    ("two value blocks of a wide head", "mild", None),
     ("float16", "unscaled", "sorted"),
     ("token", "mild", None),
 ]
