@@ -62,11 +62,11 @@ def tier_1(walk: Walk, step, dS, leaves, of_first, of_last, *, scale):
         for_q, for_k, later = product.several((of_q, TILE), (of_k, TILE), (of_states, TILE))
     v = walk.at(step)
     change = pin(load(v.k_own).astype(F32) * -for_k)
-    settle()
+    settle()  # all have read dP
     v.limb[...] = (load(v.k_own).astype(F32) * later).astype(BF16)
     v = walk.at(step)
     D_again = v.around_middle()
-    settle()
+    settle()  # and the gates
     v.out_k[...] = ((for_k + later) * jnp.exp2(-D_again)).astype(BF16)
     v = walk.at(step)
     change = pin(change + load(v.q_own).astype(F32) * for_q)
@@ -133,7 +133,7 @@ def tiers_2_and_3(walk: Walk, step, within, dS, leaves, of_first, of_last, parki
         plgpu.commit_smem()
         add_pairs(v, product(v.dS_tile, v.out_q.T, TILE), UPPER_IN_16)
         v = walk.at(step)
-        e = pin(gating.signed_in_16(v.exponents(*LEVELS[3])))
+        e = pin(gating.signed_in_16(v.exponents(*LEVELS[3])))  # anew: exp2 of both signs would wait in 64 registers
         v = walk.at(step)
         for_q = product(chosen_dP(v, LOWER_IN_16), v.dS_tile, TILE)
         changed = pin(change + for_q * load(v.out_q).astype(F32))

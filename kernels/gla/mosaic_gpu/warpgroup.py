@@ -101,6 +101,7 @@ def meet(barrier) -> None:
 
 
 def warps_wait(_) -> None:
+    """`settle` of one warpgroup, under a name that its test finds in jaxprs."""
     mgpu.warpgroup_barrier()
 
 
@@ -118,12 +119,12 @@ def from_zero(products):
     Without it LLVM takes the register of the last accumulator for the zero that it copies to all accumulators of a
     block of code; ptxas then sees no zero, and does in 32 moves each what a bit of `wgmma` says.
     """
-
     plgpu.inline_mgpu()(use_zero)()
     return products
 
 
 def use_zero(_) -> None:
+    """Nothing, in assembly, with a zero as its operand."""
     zero = mgpu.c(0, ir.IntegerType.get_signless(32))
     llvm.inline_asm(ir.Type.parse("!llvm.void"), [zero], "", "r", has_side_effects=True)
 
