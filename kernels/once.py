@@ -1,19 +1,20 @@
-"""Mosaic kernels that are lowered once in a process, and compiled while others are lowered.
+"""Mosaic kernels that are lowered once in a process, and compiled side by side.
 
 XLA compiles the Mosaic kernels of a program one after another. It keeps what it compiled, and knows a kernel again by
 its bytes, but Pallas lowers a kernel to other bytes each time (a count is among them). So here a kernel is lowered for
-all programs of the process, by jax.export, when the first of them is; and, on a machine with GPUs, starts to compile in
-a thread. XLA does not wait for a kernel that is under way elsewhere, but compiles it too: hence `wait_for_kernels`.
+all programs of the process, by jax.export, when the first of them is; and, on a machine with GPUs, what a program has
+lowered is compiled in threads, `wait_for_kernels` waits for it, and XLA finds it compiled.
 """
 
 import concurrent.futures
 import functools
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 
 import jax
 from jax import export
-from jax.extend.core import Primitive, jaxpr_as_fun, jaxprs_in_params
+from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import mlir
 
 from .dispatch import vary_alike
@@ -23,6 +24,7 @@ NO_MESH = jax.sharding.AbstractMesh((), ())
 
 _lock = threading.RLock()
 _threads = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="kernels")
+_waiting: list[tuple[int, jax.stages.Lowered]] = []  # with the bytes of the kernel
 _under_way: set[concurrent.futures.Future] = set()
 
 
@@ -48,20 +50,9 @@ def once(fn: Callable) -> Callable:
     return call
 
 
-def lower_first(x: jax.Array, fn: Callable, *arrays) -> jax.Array:
-    """x; the kernels that `fn(*arrays)` calls are lowered before those that x goes to, the last first.
-
-    That is for those that take longest to compile. `arrays` may be jax.ShapeDtypeStructs.
-    """
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
-    with jax.sharding.use_abstract_mesh(NO_MESH):
-        kernels = dict.fromkeys(_kernels(jax.make_jaxpr(fn)(*shapes)))
-    return _aside.bind(x, kernels=tuple(reversed(kernels)), wait=False)
-
-
 def wait_for_kernels(x: jax.Array) -> jax.Array:
-    """x; all kernels lowered before it are compiled before the program is."""
-    return _aside.bind(x, kernels=(), wait=True)
+    """x; all kernels lowered before it are compiled before the program is, side by side."""
+    return _wait.bind(x)
 
 
 @functools.cache
@@ -75,15 +66,6 @@ def _of_arrays(fn, tree, options):
     return jax.jit(of_arrays)  # whose cache gives the same jaxpr for the same shapes
 
 
-def _kernels(jaxpr) -> Iterator:
-    for eqn in jaxpr.eqns:
-        if eqn.primitive is _call:
-            yield eqn.params["kernels"]
-        else:
-            for inner in jaxprs_in_params(eqn.params):
-                yield from _kernels(inner)
-
-
 def _lowered(kernels) -> export.Exported:
     with _lock, jax.sharding.use_abstract_mesh(NO_MESH):
         return _lower(kernels)
@@ -95,10 +77,8 @@ def _lower(kernels):
     unchecked = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
     lowered = export.export(jax.jit(jaxpr_as_fun(kernels)), platforms=["cuda"], disabled_checks=unchecked)(*shapes)
     if jax.default_backend() == "gpu":
-        # Errors stay in the thread: the program's own compilation meets them again.
-        compiling = _threads.submit(lambda: jax.jit(lowered.call).lower(*shapes).compile() and None)
-        _under_way.add(compiling)
-        compiling.add_done_callback(_under_way.discard)
+        program = jax.jit(lowered.call).trace(*shapes).lower(lowering_platforms=("cuda",))
+        _waiting.append((len(lowered.mlir_module_serialized), program))
     return lowered
 
 
@@ -106,12 +86,27 @@ def _lower_call(ctx, *arrays, kernels):
     return mlir.lower_fun(_lowered(kernels).call, multiple_results=True)(ctx, *arrays)
 
 
-def _lower_aside(ctx, x, kernels, wait):
-    for each in kernels:
-        _lowered(each)
-    if wait:
-        concurrent.futures.wait(set(_under_way))
+def _lower_wait(_, x):
+    with _lock:
+        largest = max((size for size, _ in _waiting), default=0)
+        for size, program in _waiting:
+            compiling = _threads.submit(_compile, program, 0.08 * (1 - size / largest))
+            _under_way.add(compiling)
+            compiling.add_done_callback(_under_way.discard)
+        _waiting.clear()
+    concurrent.futures.wait(set(_under_way))
     return [x]
+
+
+def _compile(program: jax.stages.Lowered, delay: float):
+    """After so many seconds. Errors stay in the thread: the program's own compilation meets them again.
+
+    A compilation starts with some options of LLVM and goes on, for most of its time, with others. They are global, so
+    it only starts while no other is in its second part, or else waits for that to end. With these delays a smaller
+    kernel, which is through the first part sooner, does not get into the second while a larger one is in the first.
+    """
+    time.sleep(delay)
+    program.compile()
 
 
 _call = Primitive("lowered_once")
@@ -120,7 +115,7 @@ _call.def_abstract_eval(lambda *_, kernels: [jax.core.ShapedArray(x.shape, x.dty
 _call.def_impl(lambda *arrays, kernels: jax.jit(_lowered(kernels).call)(*arrays))
 mlir.register_lowering(_call, _lower_call, platform="cuda")
 
-_aside = Primitive("lowered_aside")  # x as it is; what happens, happens when the program is lowered
-_aside.def_abstract_eval(lambda x, **_: x)
-_aside.def_impl(lambda x, **_: x)
-mlir.register_lowering(_aside, _lower_aside)
+_wait = Primitive("wait_for_kernels")  # x as it is; what happens, happens when the program is lowered
+_wait.def_abstract_eval(lambda x: x)
+_wait.def_impl(lambda x: x)
+mlir.register_lowering(_wait, _lower_wait)

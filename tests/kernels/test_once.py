@@ -1,4 +1,4 @@
-"""Kernels are lowered once in a process, the longest first, and start to compile where there is a GPU. With no GPU."""
+"""Kernels are lowered once in a process, and start to compile where there is a GPU. With no GPU."""
 
 import functools
 import re
@@ -14,7 +14,7 @@ from jax.extend.core import jaxprs_in_params
 
 from kernels import once as module
 from kernels.gla import mosaic_gpu
-from kernels.once import lower_first, once, wait_for_kernels
+from kernels.once import once, wait_for_kernels
 
 
 def kernel(x, *, name, factor):
@@ -101,23 +101,20 @@ def test_no_thread_starts_where_there_is_no_gpu(monkeypatch):
 def test_waits_for_what_compiles(monkeypatch):
     """Which fails here, in its threads, where it may: there is no GPU."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    compile_in_thread, done = module._threads.submit, []
+    compile_after, delays = module._compile, []
 
-    def submit(compile):
-        def slowly():
-            time.sleep(0.5)
-            assert threading.current_thread() is not threading.main_thread()
-            done.append(1)
-            compile()
+    def slowly(program, delay):
+        time.sleep(0.5)
+        assert threading.current_thread() is not threading.main_thread()
+        delays.append(delay)
+        compile_after(program, delay)
 
-        return compile_in_thread(slowly)
-
-    monkeypatch.setattr(module._threads, "submit", submit)
+    monkeypatch.setattr(module, "_compile", slowly)
     lowered_for_cuda(lambda x: scaled({"x": x}, factor=5.0), array(256))
-    assert not done  # in its own time
-    lowered_for_cuda(lambda x: wait_for_kernels(scaled({"x": x}, factor=6.0)), array(256))
-    assert len(done) == 2
-    assert not module._under_way
+    assert not delays  # but together with others:
+    lowered_for_cuda(lambda x: wait_for_kernels(scaled({"x": x}, factor=6.0, name="of_longer_name")), array(256))
+    assert len(delays) == 2 and min(delays) == 0.0 < max(delays)  # the larger one first
+    assert not module._under_way and not module._waiting
 
 
 def test_threads_lower_a_kernel_once(lowered):
@@ -133,26 +130,15 @@ def test_threads_lower_a_kernel_once(lowered):
     assert lowered == ["scaled"]
 
 
-def test_lowers_first_what_takes_longest(lowered):
-    def later(x):
-        return scaled({"x": scaled({"x": x}, name="kernel_b")}, name="kernel_c")
-
-    def program(x):
-        return later(scaled({"x": lower_first(x, later, x)}, name="kernel_a"))
-
-    lowered_for_cuda(program, array(128))
-    assert lowered == ["kernel_c", "kernel_b", "kernel_a"]
-
-
-WIDE = ["finish", "walk_dk", "walk_dq", "walk_dv", "pair_gradients", "prepare", "walk_o"]
-FUSED = ["backward", "own_gradients", "own_states", "forward_saving"]
+WIDE = ["prepare", "walk_o", "pair_gradients", "walk_dv", "walk_dq", "walk_dk", "finish"]
+FUSED = ["own_states", "forward_saving", "own_gradients", "backward"]
 
 
 @pytest.mark.parametrize(
     "K, V, wanted, how", [(64, 64, FUSED, "plain"), (128, 256, WIDE, "remat"), (128, 256, WIDE, "shard_map")]
 )
-def test_a_training_step_lowers_the_backward_first(K, V, wanted, how, lowered):
-    """Each kernel once, the longest first; a second step none."""
+def test_a_training_step_lowers_each_kernel_once(K, V, wanted, how, lowered):
+    """A second step none."""
     T = 1024 if V == 64 else 128  # the former in pieces
     call = functools.partial(mosaic_gpu.gated_linear_attention, scale=1.0)
     if how == "remat":

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ...dispatch import hopper_obstacle
-from ...once import lower_first, wait_for_kernels
+from ...once import wait_for_kernels
 from ..partition import shard_over_batch_and_heads
 from .anchors import CHUNK
 from .backward import backward
@@ -116,19 +116,8 @@ def _forward(scale, return_final_state, interpret, save_states, q, k, v, log_alp
             o = wait_for_kernels(o)
         return o, final_state, *states
 
-    def run_in_training(q, *rest):
-        """Lowers the backward first, whose compilation is the longest."""
-        o, final_state, *saved = jax.eval_shape(run, q, *rest)
-        (k, v, log_alpha, *tables), rest = rest[:6], rest[6:]
-        after = [final_state] if return_final_state else []
-        after += rest[-1:] if documents is not None else []
-        backward = functools.partial(_gradients, scale, return_final_state, interpret)
-        q = lower_first(q, backward, q, k, v, log_alpha, o, *tables, *saved, *after)
-        return run(q, k, v, log_alpha, *tables, *rest)
-
     outputs = ["B T H V", "B H K V"] + (["B H C"] + ["B T H V"] * (q.shape[-1] // 64) if save_states else [])
-    of_share = run_in_training if save_states and interpret is None else run
-    o, final_state, *states = _sharded(of_share, names, outputs, interpret)(*arrays)
+    o, final_state, *states = _sharded(run, names, outputs, interpret)(*arrays)
     return o, final_state, states
 
 

@@ -6,7 +6,7 @@ import math
 import jax
 from jax.sharding import AxisType
 
-from ...once import lower_first, wait_for_kernels
+from ...once import wait_for_kernels
 from ..partition import shard_over_batch_and_heads
 from .tiles import wide_pieces, wide_tiles
 from .wide import backward, forward
@@ -38,24 +38,11 @@ def _attend(scale, return_final_state, interpret, in_training, q, k, v, log_alph
             found = wait_for_kernels(found[0]), *found[1:]
         return tuple(x for x in found if x is not None)
 
-    def run_in_training(q, k, v, log_alpha, **optional):
-        """Lowers the backward first, whose compilation is the longest."""
-        o, *found = jax.eval_shape(run, q, k, v, log_alpha, **optional)
-        after = dict(optional)
-        if return_final_state:
-            after["final_state"] = after["final_gradient"] = found.pop(0)
-        if cut:
-            after["entering"] = found.pop(0)
-        backward = lambda arrays: _gradients(scale, interpret, **arrays)
-        q = lower_first(q, backward, {"q": q, "k": k, "v": v, "log_alpha": log_alpha, "do": o} | after)
-        return run(q, k, v, log_alpha, **optional)
-
     cut = pieces > 1
     outputs = ["B T H V", *([STATE] if return_final_state else []), *(["B H N V K"] if cut else [])]
     arrays = {"q": q, "k": k, "v": v, "log_alpha": log_alpha, "initial_state": initial_state, "documents": documents}
     axes = INPUTS | {"initial_state": STATE, "documents": "B T"}
-    of_share = run_in_training if in_training and interpret is None else run
-    o, *found = _sharded(of_share, arrays, axes, outputs, interpret)
+    o, *found = _sharded(run, arrays, axes, outputs, interpret)
     return o, found.pop(0) if return_final_state else None, found.pop(0) if cut else None
 
 
