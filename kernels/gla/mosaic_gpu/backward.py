@@ -35,17 +35,20 @@ from .tables import FUTURE, document_codes
 from .warpgroup import (
     BF16,
     COLUMN,
-    COMPILER,
     F32,
     ROW,
     TILE,
     Products,
     along_columns,
     along_rows,
+    choose,
+    launch,
     load,
     meet,
+    result,
     settle,
     shared,
+    store,
     where,
 )
 
@@ -130,29 +133,31 @@ def backward(
 
         def fetch(step):
             v = walk.at(step)
+            at = v.place()
 
             @pl.when(w == 0)
             def _():
                 for j in range(W):  # a tile for each warpgroup: it leaves as their gate gradient
                     part = pl.ds(64 * j, 64)
-                    plgpu.copy_gmem_to_smem(g_g.at[v.b, v.rows, v.g, part], v.g_of[j], arrived)
-                    plgpu.copy_gmem_to_smem(states_g[j].at[v.b, v.rows, v.h, v.values], v.S_of[j], arrived)
-                plgpu.copy_gmem_to_smem(q_g.at[v.b, v.rows, v.h], v.q, arrived)
-                plgpu.copy_gmem_to_smem(k_g.at[v.b, v.rows, v.g], v.k, arrived)
-                plgpu.copy_gmem_to_smem(v_g.at[v.b, v.rows, v.g, v.values], v.v, arrived)
-                plgpu.copy_gmem_to_smem(do_g.at[v.b, v.rows, v.h, v.values], v.do, arrived)
+                    plgpu.copy_gmem_to_smem(g_g.at[at.b, at.rows, at.g, part], v.g_of[j], arrived)
+                    plgpu.copy_gmem_to_smem(states_g[j].at[at.b, at.rows, at.h, at.values], v.S_of[j], arrived)
+                plgpu.copy_gmem_to_smem(q_g.at[at.b, at.rows, at.h], v.q, arrived)
+                plgpu.copy_gmem_to_smem(k_g.at[at.b, at.rows, at.g], v.k, arrived)
+                plgpu.copy_gmem_to_smem(v_g.at[at.b, at.rows, at.g, at.values], v.v, arrived)
+                plgpu.copy_gmem_to_smem(do_g.at[at.b, at.rows, at.h, at.values], v.do, arrived)
                 if packed:
-                    plgpu.copy_gmem_to_smem(documents_g.at[v.b, v.rows], documents_s, arrived)
-                    plgpu.copy_gmem_to_smem(goes_on_g.at[v.b, v.rows], goes_on_s, arrived)
+                    plgpu.copy_gmem_to_smem(documents_g.at[at.b, at.rows], documents_s, arrived)
+                    plgpu.copy_gmem_to_smem(goes_on_g.at[at.b, at.rows], goes_on_s, arrived)
 
         def fetch_pairs(step):
             """Apart, since the gate gradient needs those of the chunk before until its end."""
             v = walk.at(step)
             if packed:
+                at = v.place()
 
                 @pl.when(w == 0)
                 def _():
-                    plgpu.copy_gmem_to_smem(pairs_g.at[v.b, v.chunk], v.tile("codes", 0), pairs_arrived)
+                    plgpu.copy_gmem_to_smem(pairs_g.at[at.b, at.chunk], v.tile("codes", 0), pairs_arrived)
 
         @pl.when(w == 0)
         def _():
@@ -165,8 +170,7 @@ def backward(
         plgpu.barrier_wait(tables_arrived)
         plgpu.commit_smem()
         meet(barrier)
-        v = walk.at(0)
-        steps = v.steps
+        steps = walk.at(0).place().steps
         fetch(steps - 1)
         fetch_pairs(steps - 1)
 
@@ -198,15 +202,19 @@ def backward(
 
             def any_gates():
                 # dS waits in the place of the result, which is of this walk alone and free until its end.
-                parking = lambda v: initial_g.at[v.b, v.h, v.piece, v.own, v.values]
+                def parking(v):
+                    at = v.place()
+                    return initial_g.at[at.b, at.h, at.piece, v.own, at.values]
+
                 return tiers_2_and_3(walk, step, tier == 2, dS, leaves, of_first, of_last, parking, scale=scale)
 
-            # (The smaller branch last: Pallas lowers that one twice.)
-            change, dS, before = lax.cond(tier != 1, any_gates, bounded)
+            results = result(TILE), result((64, VB)), result((64,), layout=ROW)
+            change, dS, before = choose(tier != 1, any_gates, bounded, *results)
             v = walk.at(step)
+            at = v.place()
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(v.g_own, dq_g.at[v.vb, v.b, v.rows, v.h, v.own])
-            plgpu.copy_smem_to_gmem(v.out_k, dk_g.at[v.vb, v.b, v.rows, v.h, v.own])
+            plgpu.copy_smem_to_gmem(v.g_own, dq_g.at[at.vb, at.b, at.rows, at.h, v.own])
+            plgpu.copy_smem_to_gmem(v.out_k, dk_g.at[at.vb, at.b, at.rows, at.h, v.own])
             if packed:
                 dS = lax.cond(mixed, lambda: dS * 0.0, lambda: dS)
             through = jnp.sum(load(v.S_own).astype(F32) * dS, axis=1)
@@ -217,15 +225,16 @@ def backward(
                 @pl.when(mixed)
                 def _():
                     settle(barrier)
-                    v.q_own[...] = of_first(load(v.q_own).astype(F32)).astype(BF16)
-                    v.k_own[...] = of_last(load(v.k_own).astype(F32)).astype(BF16)
+                    store(v.q_own, of_first(load(v.q_own).astype(F32)).astype(BF16))
+                    store(v.k_own, of_last(load(v.k_own).astype(F32)).astype(BF16))
                     plgpu.commit_smem()
                     meet(barrier)
 
             def send_dv(dv, part, tile):
-                tile[...] = dv.astype(BF16)
+                store(tile, dv.astype(BF16))
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(tile, dv_g.at[v.b, v.rows, v.h, pl.ds(v.vb * VB + part.start, 64)])
+                at = v.place()
+                plgpu.copy_smem_to_gmem(tile, dv_g.at[at.b, at.rows, at.h, pl.ds(at.vb * VB + part.start, 64)])
 
             v = walk.at(step)
             if each_has_values and VW == 64:
@@ -262,20 +271,22 @@ def backward(
             def _():
                 fetch(step - 1)
 
-            next_tier = tiers_g[v.b, v.h, jnp.maximum(v.chunk - 1, 0)]
+            at = v.place()
+            next_tier = tiers_g[at.b, at.h, jnp.maximum(at.chunk - 1, 0)]
 
             # Gate gradient: sums within the chunk as products, of float32 values as two bf16 limbs where terms cancel,
             # while the next chunk arrives. Tiles that are no part of it take the operands.
             v = walk.at(step)
             high = change.astype(BF16)
-            v.dS_tile[...] = high
-            v.out_k[...] = (change - high.astype(F32)).astype(BF16)
+            store(v.dS_tile, high)
+            store(v.out_k, (change - high.astype(F32)).astype(BF16))
             plgpu.commit_smem()
             v = walk.at(step)
             sums_from, sums_before = v.sums()
             dg = product.total([(sums_from, v.dS_tile), (sums_from, v.out_k), (sums_before, v.limb)], TILE)
             dg = dg + along_columns(load(rows_s.at[w], COLUMN), TILE)
-            gates = g_g.at[v.b, v.rows, v.g, v.own]
+            at = v.place()
+            gates = g_g.at[at.b, at.rows, at.g, v.own]
             dg = lax.cond(
                 tier != 1,
                 lambda: where(load(gates, optimized=False).astype(F32) > FLOOR, dg, 0.0),
@@ -284,9 +295,9 @@ def backward(
             if packed:  # no pair spans a gate between documents: what is left there is rounding
                 dg = lax.cond(starts, lambda: dg * along_rows(goes_on, TILE), lambda: dg)
             settle()
-            v.out_k[...] = dg.astype(BF16)
+            store(v.out_k, dg.astype(BF16))
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(v.out_k, dg_g.at[v.vb, v.b, v.rows, v.h, v.own])
+            plgpu.copy_smem_to_gmem(v.out_k, dg_g.at[at.vb, at.b, at.rows, at.h, v.own])
             if packed:
                 meet(barrier)
 
@@ -297,17 +308,19 @@ def backward(
             return dS, document, next_tier
 
         v = walk.at(0)
+        at = v.place()
         dS = carry_in(
-            None if final_g is None else load(final_g.at[v.b, v.h, v.own, v.values], optimized=False),
-            None if N == 1 else lambda n: load(own_g.at[v.b, v.h, n, v.own, v.values], optimized=False),
-            lambda n: load(decay_g.at[v.b, v.h, n, v.own], ROW, optimized=False),
-            VB, N - 1 - v.piece, lambda i: N - 2 - i,
+            None if final_g is None else load(final_g.at[at.b, at.h, v.own, at.values], optimized=False),
+            None if N == 1 else lambda n: load(own_g.at[at.b, at.h, n, v.own, at.values], optimized=False),
+            lambda n: load(decay_g.at[at.b, at.h, n, v.own], ROW, optimized=False),
+            VB, N - 1 - at.piece, lambda i: N - 2 - i,
         )  # fmt: skip
-        document = documents_g[v.b, jnp.minimum((v.first + steps) * CHUNK, T - 1)] if packed else jnp.int32(0)
-        tier = tiers_g[v.b, v.h, v.first + steps - 1]
+        document = documents_g[at.b, jnp.minimum((at.first + steps) * CHUNK, T - 1)] if packed else jnp.int32(0)
+        tier = tiers_g[at.b, at.h, at.first + steps - 1]
         dS, *_ = lax.fori_loop(0, steps, chunk, (dS, document, tier))
         v = walk.at(0)
-        initial_g.at[v.b, v.h, v.piece, v.own, v.values][...] = dS
+        at = v.place()
+        initial_g.at[at.b, at.h, at.piece, v.own, at.values][...] = dS
         plgpu.wait_smem_to_gmem(0)
 
     of_keys = jax.ShapeDtypeStruct((value_blocks, B, T, H, K), BF16)
@@ -341,17 +354,14 @@ def backward(
     if packed:
         goes_on = jnp.diff(documents, axis=1, prepend=documents[:, :1]) == 0
         others += [documents, document_codes(codes, documents), goes_on.astype(F32)]
-    walk_chunks = plgpu.kernel(
+    walk_chunks = launch(
         kernel,
+        name="gla_backward",
+        blocks=B * H * N * value_blocks,
         out_type=out_type,
         scratch_types=scratch,
-        grid=(B * H * N * value_blocks,),
-        grid_names=("block",),
-        kernel_name="gla_backward",
-        num_threads=W,
-        thread_name="warpgroup",
-        compiler_params=COMPILER,
-        **({"interpret": interpret} if interpreted else {}),
+        warpgroups=W,
+        interpret=interpret,
     )
 
     def in_place(refs):

@@ -1,7 +1,7 @@
 """What the backward has of a chunk: its tiles in shared memory and its place in device memory."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,21 @@ class Walk:
         return Chunk(self, step)
 
 
+class Place(NamedTuple):
+    """Where a chunk is in device memory."""
+
+    b: jax.Array
+    h: jax.Array
+    g: jax.Array  # the group of head h
+    vb: jax.Array  # value block
+    piece: jax.Array  # of the sequence, cut
+    first: jax.Array  # chunk of the piece
+    steps: jax.Array  # chunks of the piece
+    chunk: jax.Array
+    rows: Any  # tokens of the chunk
+    values: Any  # value channels of the block
+
+
 class Chunk:
     """Chunk `step` of the walk's piece.
 
@@ -51,22 +66,12 @@ class Chunk:
     """
 
     def __init__(self, walk: Walk, step):
-        zero = walk.zero_s[0]
-        w = walk.warpgroup + zero
-        index = lax.axis_index("block") + zero
-        (self.vb, self.h, self.b), self.piece = split(index, walk.value_blocks, walk.heads, walk.batch)
-        self.g = lax.div(self.h, walk.group)
-        self.first, self.steps = walk.cut.span(self.piece, walk.chunks, shorter_last=True)
-        self.chunk = self.first + step
-        self.rows = pl.ds(self.chunk * CHUNK, CHUNK)
-        self.values = pl.ds(self.vb * walk.value_block, walk.value_block)
+        self.walk, self.step, self.zero = walk, step, walk.zero_s[0]
+        self.product, self.middle, self.masks = walk.product, walk.middle, walk.masks
+        self.w = w = walk.warpgroup + self.zero
         self.own = own = pl.ds(w * 64, 64)  # this warpgroup's key channels
         everyone = range(walk.warpgroups)
-
-        def tile(name, *index):
-            return walk.tiles[name].at[zero, *index]
-
-        self.tile = tile
+        tile = self.tile
         self.q, self.k, self.v, self.do = (tile(name) for name in ("q", "k", "v", "do"))
         self.q_own, self.k_own = (tile(name, slice(None), own) for name in ("q", "k"))
         self.g_own, self.g_of = tile("g", w), [tile("g", j) for j in everyone]
@@ -75,9 +80,20 @@ class Chunk:
         self.out_q, self.out_k, self.limb = (tile("out", w, n) for n in range(3))
         self.out_k_of = [tile("out", j, 1) for j in everyone]
         # The first 64 columns of dS, as a tile for something else.
-        first = pl.ds(0, 64)
-        self.dS_tile = tile("dS", own, first)
-        self.product, self.middle, self.masks = walk.product, walk.middle, walk.masks
+        self.dS_tile = tile("dS", own, pl.ds(0, 64))
+
+    def tile(self, name, *index):
+        return self.walk.tiles[name].at[self.zero, *index]
+
+    def place(self) -> "Place":
+        """(For those that ask: each of its divisions is three operations to lower.)"""
+        walk = self.walk
+        index = lax.axis_index("block") + self.zero
+        (vb, h, b), piece = split(index, walk.value_blocks, walk.heads, walk.batch)
+        first, steps = walk.cut.span(piece, walk.chunks, shorter_last=True)
+        chunk = first + self.step
+        rows, values = pl.ds(chunk * CHUNK, CHUNK), pl.ds(vb * walk.value_block, walk.value_block)
+        return Place(b, h, lax.div(h, walk.group), vb, piece, first, steps, chunk, rows, values)
 
     def pairs(self) -> jax.Array:
         return load(self.tile("codes", 0))

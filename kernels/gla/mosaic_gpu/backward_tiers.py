@@ -27,7 +27,7 @@ from .tables import (
     indicator,
     level_of,
 )
-from .warpgroup import BF16, F32, ROW, TILE, WGMMA, along_rows, in_a_block, load, meet, pin, settle, where
+from .warpgroup import BF16, F32, ROW, TILE, WGMMA, along_rows, in_a_block, load, meet, pin, settle, store, where
 
 
 def tier_1(walk: Walk, step, dS, leaves, of_first, of_last, *, scale):
@@ -36,7 +36,7 @@ def tier_1(walk: Walk, step, dS, leaves, of_first, of_last, *, scale):
     v = walk.at(step)
     D, after, before = v.around_middle_and_totals()
     dS = pin(dS * along_rows(after * leaves if packed else after, (64, VB)))
-    v.dS_own[...] = dS.astype(BF16)
+    store(v.dS_own, dS.astype(BF16))
     gating.around_middle(v.q_own, v.k_own, D, scale)
     plgpu.commit_smem()
     meet(walk.barrier)
@@ -49,8 +49,8 @@ def tier_1(walk: Walk, step, dS, leaves, of_first, of_last, *, scale):
         PT, dPT = product.several(*first)
     PT = pin(v.of_keys(PT))
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    v.limb[...] = v.of_keys(dPT)
-    v.out_q[...] = PT
+    store(v.limb, v.of_keys(dPT))
+    store(v.out_q, PT)
     plgpu.commit_smem()
     v = walk.at(step)
     of_q, of_k, of_states = [(v.limb.T, v.k_own)], [(v.limb, v.q_own)], [(v.v, v.dS_own.T)]
@@ -63,15 +63,15 @@ def tier_1(walk: Walk, step, dS, leaves, of_first, of_last, *, scale):
     v = walk.at(step)
     change = pin(load(v.k_own).astype(F32) * -for_k)
     settle()  # all have read dP
-    v.limb[...] = (load(v.k_own).astype(F32) * later).astype(BF16)
+    store(v.limb, (load(v.k_own).astype(F32) * later).astype(BF16))
     v = walk.at(step)
     D_again = v.around_middle()
     settle()  # and the gates
-    v.out_k[...] = ((for_k + later) * jnp.exp2(-D_again)).astype(BF16)
+    store(v.out_k, ((for_k + later) * jnp.exp2(-D_again)).astype(BF16))
     v = walk.at(step)
     change = pin(change + load(v.q_own).astype(F32) * for_q)
     v = walk.at(step)
-    v.g_own[...] = (for_q * gating.exp2(D_again, scale)).astype(BF16)
+    store(v.g_own, (for_q * gating.exp2(D_again, scale)).astype(BF16))
     return change, dS, before
 
 
@@ -81,7 +81,7 @@ def tiers_2_and_3(walk: Walk, step, within, dS, leaves, of_first, of_last, parki
     product, barrier = walk.product, walk.barrier
     v = walk.at(step)
     parking(v)[...] = dS if leaves is None else dS * leaves
-    v.g_own[...] = jnp.maximum(load(v.g_own), jnp.asarray(FLOOR, BF16))
+    store(v.g_own, jnp.maximum(load(v.g_own), jnp.asarray(FLOOR, BF16)))
     plgpu.commit_smem()
     zeros = plgpu.layout_cast(jnp.zeros(TILE, F32), WGMMA)
 
@@ -92,12 +92,12 @@ def tiers_2_and_3(walk: Walk, step, within, dS, leaves, of_first, of_last, parki
     diagonal = jnp.sum(where(has(v.pairs(), DIAGONAL), dP, 0.0), axis=1) * scale
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     both = where(has(v.pairs(), UPPER), dPT, where(has(v.pairs(), LOWER), dP, 0.0))
-    v.limb[...] = (both * scale).astype(BF16)
-    v.out_k[...] = (PT * scale).astype(BF16)
+    store(v.limb, (both * scale).astype(BF16))
+    store(v.out_k, (PT * scale).astype(BF16))
 
     def add_pairs(v, pairs, bits):
         """(In float32: a select takes pairs of bf16 apart.)"""
-        v.out_k[...] = pin(where(has(v.pairs(), bits), pairs * scale, load(v.out_k).astype(F32))).astype(BF16)
+        store(v.out_k, pin(where(has(v.pairs(), bits), pairs * scale, load(v.out_k).astype(F32))).astype(BF16))
 
     def chosen_dP(v, bits):
         """dP of some pairs, for either side of them; an operand in registers."""
@@ -110,7 +110,7 @@ def tiers_2_and_3(walk: Walk, step, within, dS, leaves, of_first, of_last, parki
         right = gating.right_rows(n)
         of_q, of_k = (lax.bitcast_convert_type(x & jnp.int32(0x3F800000), F32) for x in (right, ~right))  # 1.0 or 0.0
         e = jnp.exp2(v.exponents(*level_of(n)))
-        v.out_q[...] = gating.halves(v.q_own, v.k_own, n) * e.astype(BF16)
+        store(v.out_q, gating.halves(v.q_own, v.k_own, n) * e.astype(BF16))
         plgpu.commit_smem()
         Y = product(chosen_dP(v, 1 << n), v.out_q, TILE)
         change = pin(change + Y * load(v.out_q).astype(F32) * along_rows(of_q - of_k, TILE))
@@ -149,7 +149,7 @@ def tiers_2_and_3(walk: Walk, step, within, dS, leaves, of_first, of_last, parki
         meet(barrier)
         v = walk.at(step)
         one = indicator(v.pairs(), DIAGONAL)
-        v.limb[...] = product.total([(one, x) for x in v.out_k_of], TILE).astype(BF16)
+        store(v.limb, product.total([(one, x) for x in v.out_k_of], TILE).astype(BF16))
     else:
         settle()
     v = walk.at(step)
@@ -162,33 +162,33 @@ def tiers_2_and_3(walk: Walk, step, within, dS, leaves, of_first, of_last, parki
         e = pin(jnp.exp2(v.exponents(*PREFIX)) * scale)
         v = walk.at(step)
         for_q = of_first(product(v.do, v.S_own.T, TILE))
-        v.out_q[...] = (dq + for_q * e).astype(BF16)
+        store(v.out_q, (dq + for_q * e).astype(BF16))
         v = walk.at(step)
         gated = pin((load(v.q_own).astype(F32) * e).astype(BF16))
-        v.q_own[...] = gated
+        store(v.q_own, gated)
         return change + for_q * gated.astype(F32)
 
     change = in_a_block(walk.zero_s, of_state, change)
     v = walk.at(step)
-    v.dS_own[...] = load(parking(v), optimized=False).astype(BF16)
+    store(v.dS_own, load(parking(v), optimized=False).astype(BF16))
     plgpu.commit_smem()
     e = pin(jnp.exp2(v.exponents(*SUFFIX)))
     v = walk.at(step)
     for_k = of_last(product(v.v, v.dS_own.T, TILE))
     dk = pin((dk + for_k * e).astype(BF16))
     gated = pin((load(v.k_own).astype(F32) * e).astype(BF16))
-    v.k_own[...] = gated
+    store(v.k_own, gated)
     later = pin((for_k * load(v.k_own).astype(F32)).astype(BF16))
     plgpu.commit_smem()
     meet(barrier)
     v = walk.at(step)
     PT = pin(v.of_keys(load(v.limb if walk.warpgroups > 1 else v.out_k)))
-    v.out_k[...] = dk
-    v.limb[...] = later
+    store(v.out_k, dk)
+    store(v.limb, later)
     whole = v.totals(FIRST) * v.totals(SECOND)
     settle()
     v = walk.at(step)
-    v.g_own[...] = load(v.out_q)
-    v.out_q[...] = PT
+    store(v.g_own, load(v.out_q))
+    store(v.out_q, PT)
     dS = load(parking(v), optimized=False) * along_rows(whole, (64, walk.value_block))
     return change, dS, plgpu.layout_cast(jnp.ones((64,), F32), ROW)

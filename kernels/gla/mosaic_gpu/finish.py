@@ -35,7 +35,6 @@ from .tables import LOG2_E
 from .warpgroup import (
     BF16,
     COLUMN,
-    COMPILER,
     F32,
     ROW,
     TILE,
@@ -45,11 +44,13 @@ from .warpgroup import (
     along_rows,
     in_a_block,
     iota,
+    launch,
     load,
     pin,
     settle,
     shared,
     split,
+    store,
     where,
 )
 
@@ -121,7 +122,7 @@ def pair_gradients(do, v, *, documents=None, interpret=None):
         if packed:
             plgpu.barrier_wait(factors_arrived)
             below = below * together(factors_s)
-        below_s[...] = below.astype(BF16)
+        store(below_s, below.astype(BF16))
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(below_s, pairs_g.at[b, h, chunk])
         plgpu.wait_smem_to_gmem(0)
@@ -129,18 +130,16 @@ def pair_gradients(do, v, *, documents=None, interpret=None):
     scratch = [shared((stages, CHUNK, 64)), shared((stages, CHUNK, 64)), shared(TILE)]
     scratch += [plgpu.Barrier(num_arrivals=2, num_barriers=stages)]
     scratch += [plgpu.SMEM((SIZE,), F32), plgpu.Barrier()] if packed else []
-    return plgpu.kernel(
+    return launch(
         kernel,
+        name="gla_pair_gradients",
+        blocks=B * H * chunks,
         out_type=[
             jax.ShapeDtypeStruct((B, H, chunks, CHUNK, CHUNK), BF16),
             jax.ShapeDtypeStruct((B, H, chunks, CHUNK), F32),
         ],
         scratch_types=scratch,
-        grid=(B * H * chunks,),
-        grid_names=("block",),
-        kernel_name="gla_pair_gradients",
-        compiler_params=COMPILER,
-        **({"interpret": interpret} if interpreted else {}),
+        interpret=interpret,
     )(do, v, *([documents] if packed else []))
 
 
@@ -219,7 +218,7 @@ def finish(
             q_c, k_c, g_c = (inputs_s.at[slot * 3 + i] for i in range(3))
             # A zero that the compiler cannot see through: addresses are made where they are used, and wait nowhere.
             tile, table_s = lambda i: tiles_s.at[zero_s[0] + i], tables_s.at[zero_s[0]]
-            raw_q, raw_k = lambda: q_c[...].astype(F32), lambda: k_c[...].astype(F32)
+            raw_q, raw_k = lambda: load(q_c).astype(F32), lambda: load(k_c).astype(F32)
             own_factors = factors_s.at[slot] if packed else None
             diagonal = lambda: along_rows(load(diagonal_s.at[slot], ROW), TILE)
 
@@ -227,12 +226,12 @@ def finish(
                 """What pairs around the chunk's boundary give, gated."""
                 plgpu.barrier_wait(arrived)
                 weight = pin(jnp.exp(product(matrix(table_s, bit), g_c, TILE)))
-                whole = functools.reduce(jnp.add, [tile(start + i)[...].astype(F32) for i in range(parts)])
+                whole = functools.reduce(jnp.add, [load(tile(start + i)).astype(F32) for i in range(parts)])
                 whole = whole * mask() if packed else whole
                 return pin(whole * weight)
 
             plgpu.barrier_wait(arrived.at[slot])
-            g_c[...] = jnp.maximum(load(g_c, WGMMA), jnp.asarray(FLOOR, BF16))
+            store(g_c, jnp.maximum(load(g_c, WGMMA), jnp.asarray(FLOOR, BF16)))
             plgpu.commit_smem()
             dq = carried(DQ, dq_arrived, PREFIX, lambda: reached(own_factors))
             change = pin(raw_q() * dq)
@@ -249,7 +248,7 @@ def finish(
             zeros = plgpu.layout_cast(jnp.zeros(TILE, F32), WGMMA)
 
             def choose_pairs(bits):
-                tile(CHOSEN)[...] = tile(PAIRS)[...] * indicator(table_s, bits)
+                store(tile(CHOSEN), load(tile(PAIRS)) * indicator(table_s, bits))
 
             def bounded(n, exponents, dq, dk, change):
                 @pl.when(n < WHOLE)
@@ -259,28 +258,28 @@ def finish(
                 e = exponents * along_rows(of_halves(n, LOG2_E, -LOG2_E), TILE)
                 of_q, of_k = pin(jnp.exp2(e)), pin(jnp.exp2(-e))
                 queries, keys = tile(QUERIES), tile(KEYS)
-                queries[...] = (raw_q() * of_q).astype(BF16)
-                keys[...] = (raw_k() * of_k).astype(BF16)
+                store(queries, (raw_q() * of_q).astype(BF16))
+                store(keys, (raw_k() * of_k).astype(BF16))
                 plgpu.commit_smem()
                 pairs = tile(jnp.where(n < WHOLE, CHOSEN, PAIRS))
 
                 def give_q(c):
                     dq, change = c
                     for_q = product(pairs, keys, TILE)
-                    return dq + for_q * of_q, change + queries[...].astype(F32) * for_q
+                    return dq + for_q * of_q, change + load(queries).astype(F32) * for_q
 
                 dq, change = in_a_block(zero_s, give_q, (dq, change))
                 for_k = product(pairs.T, queries, TILE)
-                return dq, dk + for_k * of_k, change - keys[...].astype(F32) * for_k
+                return dq, dk + for_k * of_k, change - load(keys).astype(F32) * for_k
 
             def level(n, exponents, dq, dk, change):
                 weight, keys = jnp.exp(exponents), tile(KEYS)
-                keys[...] = (halves(q_c, k_c, n).astype(F32) * weight).astype(BF16)
+                store(keys, (halves(q_c, k_c, n).astype(F32) * weight).astype(BF16))
                 choose_pairs(1 << n)
                 plgpu.commit_smem()
                 pairs = tile(CHOSEN)
                 Y = product.total([(pairs, keys), (pairs.T, keys)], TILE)
-                change = pin(change + Y * keys[...].astype(F32) * along_rows(of_halves(n, 1.0, -1.0), TILE))
+                change = pin(change + Y * load(keys).astype(F32) * along_rows(of_halves(n, 1.0, -1.0), TILE))
                 Y = Y * weight
                 dq = pin(dq + Y * along_rows(of_halves(n, 1.0, 0.0), TILE))
                 return dq, pin(dk + Y * along_rows(of_halves(n, 0.0, 1.0), TILE)), change
@@ -304,16 +303,16 @@ def finish(
             high_s = tile(KEYS)
             change = change * scale
             high = change.astype(BF16)
-            high_s[...] = high
+            store(high_s, high)
             low = pin((change - high.astype(F32)).astype(BF16))
             dq = pin(((dq + diagonal() * raw_k()) * scale).astype(BF16))
             table_s = tables_s.at[zero_s[0]]
             from_after = carried(DK, dk_arrived, SUFFIX, lambda: of_rows(own_factors, REACHING))
             low_s, later_s = tile(DK), q_c
-            low_s[...] = low
+            store(low_s, low)
             later = pin((raw_k() * from_after).astype(BF16))
-            k_c[...] = ((dk + diagonal() * raw_q()) * scale + from_after).astype(BF16)
-            later_s[...] = later
+            store(k_c, ((dk + diagonal() * raw_q()) * scale + from_after).astype(BF16))
+            store(later_s, later)
             plgpu.commit_smem()
             before, from_here = triangles(table_s)
             dg = along_columns(load(across_s.at[slot], COLUMN), TILE)
@@ -326,7 +325,8 @@ def finish(
 
             dg = where(load(g_c) > jnp.asarray(FLOOR, BF16), dg, 0.0)
             dg = dg * of_rows(own_factors, GOES_ON) if packed else dg
-            q_c[...], g_c[...] = dq, dg.astype(BF16)
+            store(q_c, dq)
+            store(g_c, dg.astype(BF16))
             plgpu.commit_smem()
             for of_chunk, out in ((q_c, dq_g), (k_c, dk_g), (g_c, dg_g)):
                 plgpu.copy_smem_to_gmem(of_chunk, out.at[b, tokens, h, channels])
@@ -344,13 +344,11 @@ def finish(
     scratch += [plgpu.SMEM((STAGES, SIZE), F32)] if packed else []
     scratch += [shared(TILE)] if interpreted else []
     operands = [q, k, log_alpha, pairs, diagonal, dq_carried, dk_carried, across, jnp.asarray(table())]
-    return plgpu.kernel(
+    return launch(
         kernel,
+        name="gla_finish",
+        blocks=B * H * blocks,
         out_type=[jax.ShapeDtypeStruct((B, T, H, K), BF16)] * 3,
         scratch_types=scratch,
-        grid=(B * H * blocks,),
-        grid_names=("block",),
-        kernel_name="gla_finish",
-        compiler_params=COMPILER,
-        **({"interpret": interpret} if interpreted else {}),
+        interpret=interpret,
     )(*operands, *([documents] if packed else []))

@@ -28,7 +28,6 @@ from .tables import PAST, keep
 from .warpgroup import (
     BF16,
     COLUMN,
-    COMPILER,
     F32,
     ROW,
     TILE,
@@ -36,11 +35,15 @@ from .warpgroup import (
     Products,
     along_columns,
     along_rows,
+    choose,
+    launch,
     load,
     meet,
+    result,
     settle,
     shared,
     split,
+    store,
     where,
 )
 
@@ -197,7 +200,7 @@ def forward(
             def tier_1():
                 entered = before * entering if packed else before
                 around_middle(q_own, k_own, middle.exponents(D))
-                S_s(own)[...] = (S * along_rows(entered, (64, VB))).astype(BF16)
+                store(S_s(own), (S * along_rows(entered, (64, VB))).astype(BF16))
                 plgpu.commit_smem()
                 meet(barrier)
                 note_tier(step, 1)
@@ -208,13 +211,13 @@ def forward(
                     q_own, k_own, gates, tile, table, of_gates, rows_s, w, warpgroups=W, product=product,
                     barrier=barrier, agreed=agreed, note_tier=functools.partial(note_tier, step),
                 )  # fmt: skip
-                S_s(own)[...] = (S * entering if packed else S).astype(BF16)
+                store(S_s(own), (S * entering if packed else S).astype(BF16))
                 plgpu.commit_smem()
                 meet(barrier)
                 return P, whole * entering if packed else whole, plgpu.layout_cast(jnp.ones((64,), F32), ROW)
 
-            # (The smaller branch last: Pallas lowers that one twice.)
-            P, before, after = lax.cond(~agreed(0, (0, 63)), tiers_2_and_3, tier_1)
+            of_rows = result((64,), layout=ROW)
+            P, before, after = choose(~agreed(0, (0, 63)), tiers_2_and_3, tier_1, result(TILE, BF16), of_rows, of_rows)
 
             if packed:
 
@@ -226,7 +229,7 @@ def forward(
                     for x, chosen in ((q_own, opens), (k_own, closes)):
                         rows = where(own_document == chosen, 1.0, 0.0)
                         rows = plgpu.layout_cast(along_rows(plgpu.layout_cast(rows, ROW), TILE), WGMMA)
-                        x[...] = (load(x).astype(F32) * rows).astype(BF16)
+                        store(x, (load(x).astype(F32) * rows).astype(BF16))
                     plgpu.commit_smem()
                     meet(barrier)
                     return where(
@@ -235,7 +238,7 @@ def forward(
                         jnp.zeros((), BF16),
                     )
 
-                P = lax.cond(opens == closes, lambda: P, mixed)
+                P = lax.cond(opens != closes, mixed, lambda: P)
                 before = before * leaving
 
             if save_states:
@@ -249,7 +252,7 @@ def forward(
             @pl.when((w == 0) | (VB >= 64 * W))  # 64 columns are one warpgroup's work
             def _():
                 o = product.total([(q_c, S_s(pl.ds(0, K), own_values)), (P, v_s.at[slot, :, own_values])], (64, VW))
-                o_tile[...] = (o * scale).astype(BF16)
+                store(o_tile, (o * scale).astype(BF16))
                 plgpu.commit_smem()
                 out = pl.ds(block * VB + own_values.start, VW)
                 plgpu.copy_smem_to_gmem(o_tile, o_g.at[b, pl.ds((first + step) * CHUNK, CHUNK), h, out])
@@ -321,16 +324,13 @@ def forward(
     ]
     scratch += [plgpu.SMEM((stages, CHUNK), jnp.int32)] if packed else []
     scratch += [shared((W, 64, 64))] if interpreted else []
-    o, final_state, *states = plgpu.kernel(
+    o, final_state, *states = launch(
         kernel,
+        name="gla_forward_saving" if save_states else "gla_forward",
+        blocks=B * H * N * blocks,
         out_type=out_type,
         scratch_types=scratch,
-        grid=(B * H * N * blocks,),
-        grid_names=("block",),
-        kernel_name="gla_forward_saving" if save_states else "gla_forward",
-        num_threads=W,
-        thread_name="warpgroup",
-        compiler_params=COMPILER,
-        **({"interpret": interpret} if interpreted else {}),
+        warpgroups=W,
+        interpret=interpret,
     )(*operands)
     return o, final_state, states

@@ -25,7 +25,7 @@ from .tables import (
     matrix,
     to_exponents,
 )
-from .warpgroup import BF16, F32, TILE, load, meet, pin, settle, where
+from .warpgroup import BF16, F32, TILE, load, meet, pin, settle, store, where
 
 
 def tiers_2_and_3(
@@ -40,7 +40,7 @@ def tiers_2_and_3(
       agreed(use, rows): whether all of row `use` noted no exceeded limit.
       note_tier: called with the tier.
     """
-    gates[...] = jnp.maximum(load(gates), jnp.asarray(FLOOR, BF16))
+    store(gates, jnp.maximum(load(gates), jnp.asarray(FLOOR, BF16)))
     plgpu.commit_smem()
 
     def sums(table, bit):
@@ -63,7 +63,7 @@ def tiers_2_and_3(
         D = product.several(*(sums(*level_of(n)) for n in levels))
         settle()
         for x, n, exponents in zip(tiles, levels, D, strict=True):
-            x[...] = gating.halves(q, k, n) * jnp.exp2(exponents * to_exponents(level_of(n)[1])).astype(BF16)
+            store(x, gating.halves(q, k, n) * jnp.exp2(exponents * to_exponents(level_of(n)[1])).astype(BF16))
         plgpu.commit_smem()
         coarse, fine, code = product.several(*(([(x, x.T)], TILE) for x in tiles), during=lambda: pin(load(codes(0))))
         of_either, of_fine = (has(code, jnp.left_shift(2, n) - 1) for n in levels)
@@ -86,7 +86,8 @@ def tiers_2_and_3(
         settle()
         high, low = tiles
         rounded = P.astype(BF16)
-        high[...], low[...] = rounded, (P - rounded.astype(F32)).astype(BF16)
+        store(high, rounded)
+        store(low, (P - rounded.astype(F32)).astype(BF16))
         plgpu.commit_smem()
         meet(barrier)
         # (Added by products, which need no address in a thread's registers.)

@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .anchors import right_half
 from .tables import FIRST, LEVELS, LOG2_E, MIDDLE, SECOND, matrix, to_exponents
-from .warpgroup import BF16, F32, ROW, TILE, along_rows, load, where
+from .warpgroup import BF16, F32, ROW, TILE, along_rows, load, store, where
 
 
 def half_sums(gates, matrices) -> list:
@@ -61,15 +61,15 @@ class Middle:
 
 def around_middle(q, k, exponents: jax.Array, scale=1.0) -> None:
     """Tier 1, in place: scale * q exp2(D) and k exp2(-D)."""
-    q[...] = (load(q).astype(F32) * exp2(exponents, scale)).astype(BF16)
-    k[...] = (load(k).astype(F32) * jnp.exp2(-exponents)).astype(BF16)
+    store(q, (load(q).astype(F32) * exp2(exponents, scale)).astype(BF16))
+    store(k, (load(k).astype(F32) * jnp.exp2(-exponents)).astype(BF16))
 
 
 def blocks_of_16(q, k, queries, keys, exponents: jax.Array) -> None:
     """Tier 2: `exponents`, positive in the right half of each block of 16 rows and negative in the left, into
     `queries` and `keys`."""
-    queries[...] = (load(q).astype(F32) * jnp.exp2(exponents)).astype(BF16)
-    keys[...] = (load(k).astype(F32) * jnp.exp2(-exponents)).astype(BF16)
+    store(queries, (load(q).astype(F32) * jnp.exp2(exponents)).astype(BF16))
+    store(keys, (load(k).astype(F32) * jnp.exp2(-exponents)).astype(BF16))
 
 
 def signed_in_16(exponents: jax.Array) -> jax.Array:
@@ -93,5 +93,5 @@ def halves(q, k, level) -> jax.Array:
 
 def whole_chunk(q, k, from_start: jax.Array, to_end: jax.Array) -> None:
     """Tiers 2 and 3, in place: for the state that enters, and for the state that leaves."""
-    q[...] = (load(q).astype(F32) * jnp.exp2(from_start)).astype(BF16)
-    k[...] = (load(k).astype(F32) * jnp.exp2(to_end)).astype(BF16)
+    store(q, (load(q).astype(F32) * jnp.exp2(from_start)).astype(BF16))
+    store(k, (load(k).astype(F32) * jnp.exp2(to_end)).astype(BF16))

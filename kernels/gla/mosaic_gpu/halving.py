@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .anchors import LIMIT, mask, power, right_half
-from .warpgroup import BF16, F32, TILE, where
+from .warpgroup import BF16, F32, TILE, choose, load, result, where
 
 # Bits of the code of (row i, row t). Bits 0 to 5: i and t are of one block of 2^(n+1) rows, and not of one half of it.
 LOWER = 1 << 6  # t < i
@@ -53,34 +53,34 @@ def matrix(table_s, bit) -> jax.Array:
     else:
         # 0 for the single rows, of n = -1, that are no level.
         one = jnp.where(bit < LEVEL, 0.0, jnp.exp2(power(bit).astype(F32))).astype(BF16)
-    return lax.bitcast_convert_type(table_s[...] & mask(1 << bit), BF16) * one
+    return lax.bitcast_convert_type(load(table_s) & mask(1 << bit), BF16) * one
 
 
 def pairs_within(table_s, n) -> jax.Array:
     """Where i and t are of one block of 2^(n+1) rows."""
-    return (table_s[...] & mask(((1 << (n + 1)) - 1) | DIAGONAL)) != jnp.int16(0)
+    return (load(table_s) & mask(((1 << (n + 1)) - 1) | DIAGONAL)) != jnp.int16(0)
 
 
 def up_to(table_s) -> jax.Array:
     """Where t <= i."""
-    return (table_s[...] & jnp.int16(LOWER | DIAGONAL)) != jnp.int16(0)
+    return (load(table_s) & jnp.int16(LOWER | DIAGONAL)) != jnp.int16(0)
 
 
 def pairs_across(table_s, n) -> jax.Array:
     """Where i and t are of one block of 2^(n+1) rows, and of different halves."""
-    return (table_s[...] & mask(1 << n)) != jnp.int16(0)
+    return (load(table_s) & mask(1 << n)) != jnp.int16(0)
 
 
 def indicator(table_s, bits) -> jax.Array:
     """1 where a code has any of `bits`, all below bit 6, else 0: a factor of pairs in bf16. (By arithmetic, as a select
     takes pairs of bf16 apart: 2 + bits / 64 is one bit more.)"""
-    code = lax.bitcast_convert_type((table_s[...] & mask(bits)) | jnp.int16(TWO), BF16)
+    code = lax.bitcast_convert_type((load(table_s) & mask(bits)) | jnp.int16(TWO), BF16)
     return jnp.minimum((code - jnp.asarray(2, BF16)) * jnp.asarray(64, BF16), jnp.asarray(1, BF16))
 
 
 def triangles(table_s) -> tuple[jax.Array, jax.Array]:
     """1 where t < i, else 0; 1 where t >= i, else 0."""
-    code = lax.bitcast_convert_type((table_s[...] & jnp.int16(LOWER)) | jnp.int16(TWO), BF16)
+    code = lax.bitcast_convert_type((load(table_s) & jnp.int16(LOWER)) | jnp.int16(TWO), BF16)
     return code - jnp.asarray(2, BF16), jnp.asarray(3, BF16) - code
 
 
@@ -102,7 +102,8 @@ def by_halves(product, gates, table_s, worst_s, bounded, level, carry, *, down_t
         fits = (n >= SMALLEST) | (n < 0)
         for row in ENDS:
             fits &= worst_s[row] >= -LIMIT
-        carry = lax.cond(fits, lambda *c: bounded(n, exponents, *c), lambda *c: level(n, exponents, *c), *carry)
+        found = [lambda f=f: f(n, exponents, *carry) for f in (bounded, level)]
+        carry = choose(fits, *found, *(result(x.shape) for x in carry))
         return jnp.where(fits, down_to - 1, n - 1), *carry
 
     return lax.while_loop(lambda state: state[0] >= down_to, body, (jnp.int32(WHOLE), *carry))[1:]

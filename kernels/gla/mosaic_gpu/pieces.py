@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from ...once import once
 from .anchors import CHUNK, FLOOR
-from .warpgroup import BF16, COMPILER, F32, ROW, TILE, WGMMA, Products, along_rows, load, shared, split, where
+from .warpgroup import BF16, F32, ROW, TILE, WGMMA, Products, along_rows, launch, load, shared, split, store, where
 
 STAGES = 3
 
@@ -147,11 +147,11 @@ def _walk(x, y, log_alpha, sums, scale, cut, documents, reverse, interpret):
             slot = lax.rem(i, STAGES)
             plgpu.barrier_wait(arrived.at[slot])
             x_c, y_c, g_c = x_s.at[slot], y_s.at[slot], g_s.at[slot]
-            g_c[...] = jnp.maximum(load(g_c), jnp.asarray(FLOOR, BF16))
+            store(g_c, jnp.maximum(load(g_c), jnp.asarray(FLOOR, BF16)))
             plgpu.commit_smem()
             D = product(sums_s.at[pl.ds(0, 64)], g_c, TILE)
             gated = load(x_c).astype(F32) * (jnp.exp(D) * scale)
-            x_c[...] = gated.astype(BF16)
+            store(x_c, gated.astype(BF16))
             whole = jnp.exp(jnp.max(product(g_c.T, sums_s.at[pl.ds(64, 8)].T, (64, 8)), axis=1))
             if packed:
                 ends = documents_s[slot, 0], documents_s[slot, 63]
@@ -163,7 +163,7 @@ def _walk(x, y, log_alpha, sums, scale, cut, documents, reverse, interpret):
                 def _():
                     rows = where(load(documents_s.at[slot], ROW) == far, 1.0, 0.0)
                     rows = plgpu.layout_cast(along_rows(plgpu.layout_cast(rows, ROW), TILE), WGMMA)
-                    x_c[...] = (load(x_c).astype(F32) * rows).astype(BF16)
+                    store(x_c, (load(x_c).astype(F32) * rows).astype(BF16))
 
             plgpu.commit_smem()
             S = product(x_c.T, y_c, (64, VB), onto=S * along_rows(whole, (64, VB)))
@@ -200,19 +200,16 @@ def _walk(x, y, log_alpha, sums, scale, cut, documents, reverse, interpret):
     scratch += [plgpu.SMEM((STAGES, CHUNK), jnp.int32)] if packed else []
     scratch += [shared((1, 64, 64))] if interpreted else []
     return Pieces(
-        *plgpu.kernel(
+        *launch(
             kernel,
+            name="gla_own_gradients" if reverse else "gla_own_states",
+            blocks=B * H * (pieces - 1) * key_blocks * value_blocks,
             out_type=[
                 jax.ShapeDtypeStruct((B, H, pieces - 1, K, V), F32),
                 jax.ShapeDtypeStruct((B, H, pieces - 1, K), F32),
             ],
             scratch_types=scratch,
-            grid=(B * H * (pieces - 1) * key_blocks * value_blocks,),
-            grid_names=("block",),
-            kernel_name="gla_own_gradients" if reverse else "gla_own_states",
-            num_threads=1,
-            thread_name="warpgroup",
-            compiler_params=COMPILER,
-            **({"interpret": interpret} if interpreted else {}),
+            warpgroups=1,
+            interpret=interpret,
         )(x, y, log_alpha, sums, *([documents] if packed else []))
     )

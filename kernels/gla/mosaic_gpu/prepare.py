@@ -31,7 +31,7 @@ from .halving import (
     table,
     up_to,
 )  # fmt: skip
-from .warpgroup import BF16, COMPILER, F32, TILE, WGMMA, Products, load, settle, shared, split, where
+from .warpgroup import BF16, F32, TILE, WGMMA, Products, launch, load, settle, shared, split, store, where
 
 STAGES = 2
 
@@ -91,9 +91,9 @@ def prepare(q, k, log_alpha, *, scale, documents=None, chunks_per_block=4, inter
             P = P * (c > 0).astype(F32)
             plgpu.barrier_wait(arrived.at[slot])
             q_c, k_c, g_c = q_s.at[slot], k_s.at[slot], g_s.at[slot]
-            raw_q, raw_k = lambda: q_c[...].astype(F32), lambda: k_c[...].astype(F32)
+            raw_q, raw_k = lambda: load(q_c).astype(F32), lambda: load(k_c).astype(F32)
             own_factors = factors_s.at[slot] if packed else None
-            g_c[...] = jnp.maximum(load(g_c, WGMMA), jnp.asarray(FLOOR, BF16))
+            store(g_c, jnp.maximum(load(g_c, WGMMA), jnp.asarray(FLOOR, BF16)))
             plgpu.commit_smem()
 
             @pl.when(step + 1 < steps)
@@ -103,21 +103,21 @@ def prepare(q, k, log_alpha, *, scale, documents=None, chunks_per_block=4, inter
 
             def bounded(n, exponents, P):
                 e = around_middle(n, exponents)
-                tile_s[...] = (raw_k() * jnp.exp(-e)).astype(BF16)
+                store(tile_s, (raw_k() * jnp.exp(-e)).astype(BF16))
                 plgpu.commit_smem()
                 pairs = product((raw_q() * jnp.exp(e)).astype(BF16), tile_s.T, TILE, onto=P)
                 return (where(pairs_within(table_s, n), pairs, P),)
 
             def level(n, exponents, P):
-                tile_s[...] = (where(right_half(n), raw_q(), raw_k()) * jnp.exp(exponents)).astype(BF16)
+                store(tile_s, (where(right_half(n), raw_q(), raw_k()) * jnp.exp(exponents)).astype(BF16))
                 plgpu.commit_smem()
                 return (where(pairs_across(table_s, n), product(tile_s, tile_s.T, TILE, onto=P), P),)
 
             (P,) = by_halves(product, g_c, table_s, worst_s, bounded, level, (P,), down_to=-1)
             weight = jnp.exp(product(matrix(table_s, PREFIX), g_c, TILE))
-            q_c[...] = (raw_q() * scale * (weight * reached(own_factors) if packed else weight)).astype(BF16)
+            store(q_c, (raw_q() * scale * (weight * reached(own_factors) if packed else weight)).astype(BF16))
             weight = jnp.exp(product(matrix(table_s, SUFFIX), g_c, TILE))
-            k_c[...] = (raw_k() * (weight * of_rows(own_factors, REACHING) if packed else weight)).astype(BF16)
+            store(k_c, (raw_k() * (weight * of_rows(own_factors, REACHING) if packed else weight)).astype(BF16))
             decay = jnp.exp(jnp.max(product(g_c.T, ones_s.T, (64, 8)), axis=1))
 
             @pl.when(c == slices - 1)
@@ -125,7 +125,7 @@ def prepare(q, k, log_alpha, *, scale, documents=None, chunks_per_block=4, inter
                 # In the room of the gates. What lies above the diagonal is of no use.
                 settle()
                 below = where(up_to(table_s), P * scale, 0.0)
-                g_c[...] = (below * together(own_factors) if packed else below).astype(BF16)
+                store(g_c, (below * together(own_factors) if packed else below).astype(BF16))
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(g_c, P_g.at[b, h, chunk])
 
@@ -148,8 +148,10 @@ def prepare(q, k, log_alpha, *, scale, documents=None, chunks_per_block=4, inter
     scratch += [plgpu.Barrier(num_arrivals=3 + packed, num_barriers=STAGES), plgpu.Barrier(num_arrivals=2)]
     scratch += [plgpu.SMEM((STAGES, SIZE), F32)] if packed else []
     scratch += [shared(TILE)] if interpreted else []
-    return plgpu.kernel(
+    return launch(
         kernel,
+        name="gla_prepare",
+        blocks=B * H * blocks,
         out_type=[
             jax.ShapeDtypeStruct((B, T, H, K), BF16),
             jax.ShapeDtypeStruct((B, T, G, K), BF16),
@@ -157,9 +159,5 @@ def prepare(q, k, log_alpha, *, scale, documents=None, chunks_per_block=4, inter
             jax.ShapeDtypeStruct((B, G, chunks, K), F32),
         ],
         scratch_types=scratch,
-        grid=(B * H * blocks,),
-        grid_names=("block",),
-        kernel_name="gla_prepare",
-        compiler_params=COMPILER,
-        **({"interpret": interpret} if interpreted else {}),
+        interpret=interpret,
     )(q, k, log_alpha, jnp.asarray(table()), jnp.asarray(np.ones((8, 64), BF16)), *([documents] if packed else []))

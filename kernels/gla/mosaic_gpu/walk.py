@@ -27,7 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ...once import once
 from .anchors import CHUNK
-from .warpgroup import BF16, COLUMN, COMPILER, F32, ROW, WGMMA, along_columns, along_rows, load, shared, split
+from .warpgroup import BF16, COLUMN, F32, ROW, WGMMA, along_columns, along_rows, launch, load, shared, split
 
 COMPUTE = 2  # warpgroups that hold a state; one more fetches
 TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
@@ -271,17 +271,14 @@ def walk(
         scratch.append(shared((COMPUTE, CHUNK, 64)))
     if interpreted:
         scratch.append(shared((COMPUTE, 64, 128)))
-    return plgpu.kernel(
+    return launch(
         kernel,
+        name=f"gla_walk_{name}",
+        blocks=B * heads * pieces * column_blocks * row_blocks,
         out_type=out_type,
         scratch_types=scratch,
-        grid=(B * heads * pieces * column_blocks * row_blocks,),
-        grid_names=("block",),
-        kernel_name=f"gla_walk_{name}",
-        num_threads=COMPUTE + 1,
-        thread_name="warpgroup",
-        compiler_params=COMPILER,
-        **({"interpret": interpret} if interpreted else {}),
+        warpgroups=COMPUTE + 1,
+        interpret=interpret,
     )(*operands)
 
 

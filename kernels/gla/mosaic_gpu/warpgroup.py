@@ -5,7 +5,9 @@ tiled so that `wgmma` and TMA both read them. `Products` also stands in for oper
 the hardware that the Pallas interpreter lacks.
 """
 
+import contextvars
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,8 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
+
+from .ldmatrix import load_tile, store_tile, undefined
 
 WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)  # one value per row of a [64, n] array
@@ -40,11 +44,54 @@ def transforms(dtype=BF16):
     return plgpu.TilingTransform((8, SWIZZLE // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(SWIZZLE)
 
 
+_compiled = contextvars.ContextVar("compiled", default=False)  # whether a kernel of `launch` is traced, for the card
+
+
+def launch(kernel: Callable, *, name: str, blocks: int, out_type, scratch_types, warpgroups=None, interpret=None):
+    """plgpu.kernel over a row of blocks of threads (axis "block"), of one or several warpgroups (axis "warpgroup")."""
+
+    def traced(*refs):
+        before = _compiled.set(interpret is None)
+        try:
+            kernel(*refs)
+        finally:
+            _compiled.reset(before)
+
+    return plgpu.kernel(
+        traced,
+        out_type=out_type,
+        scratch_types=scratch_types,
+        grid=(blocks,),
+        grid_names=("block",),
+        kernel_name=name,
+        compiler_params=COMPILER,
+        **({} if warpgroups is None else {"num_threads": warpgroups, "thread_name": "warpgroup"}),
+        **({} if interpret is None else {"interpret": interpret}),
+    )
+
+
 def load(ref, layout=None, optimized=True) -> jax.Array:
     """Shared or device memory to registers; `optimized=False` allows device memory, which has no layout of its own."""
     if layout is None and not optimized:
         layout = WGMMA
+    elif layout in (None, WGMMA) and _is_tile(ref):
+        kind = plgpu.ShapeDtypeStruct(ref.shape, ref.dtype, layout=WGMMA)
+        return plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms()),), return_type=kind)(load_tile)(ref)
     return plgpu.load(ref, layout=layout, optimized=optimized)
+
+
+def store(ref, x: jax.Array) -> None:
+    """Registers to a tile of shared memory. (What is no tile takes `ref[...] = x`.)"""
+    if _is_tile(ref):
+        plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms()), WGMMA))(store_tile)(ref, x)
+    else:
+        ref[...] = x
+
+
+def _is_tile(ref) -> bool:
+    """Whether `ldmatrix` takes it: one of `shared`, 64 rows, in a kernel of `launch` that is not interpreted."""
+    of_two_bytes = jnp.dtype(ref.dtype).itemsize == 2
+    return _compiled.get() and of_two_bytes and len(ref.shape) == 2 and ref.shape[0] == 64 and ref.shape[1] % 64 == 0
 
 
 def iota(axis: int, shape=(64, 64)) -> jax.Array:
@@ -91,6 +138,32 @@ def in_a_block(zero_s, f, x):
     beyond the end of a loop whose count it cannot know.
     """
     return lax.fori_loop(0, zero_s[0] + 1, lambda _, x: f(x), x)
+
+
+def choose(which: jax.Array, yes: Callable, no: Callable, *results: plgpu.ShapeDtypeStruct) -> tuple[jax.Array, ...]:
+    """lax.cond for branches that take long to lower: Pallas lowers the first branch twice, to find what it returns, so
+    the first one here is empty and never taken (and not there any more in machine code)."""
+    if not _compiled.get():
+        return lax.cond(which, yes, no)
+
+    never = plgpu.inline_mgpu(return_type=results)(Anything(results))
+    return lax.switch(lax.select(which, 2, 1), [never, no, yes])
+
+
+@dataclasses.dataclass(frozen=True)
+class Anything:
+    """Registers with no value, for a branch that is never taken."""
+
+    results: tuple[plgpu.ShapeDtypeStruct, ...]
+
+    def __call__(self, _):
+        of = lambda x: undefined(x.shape, mgpu.utils.dtype_to_ir_type(x.dtype), x.layout.to_mgpu())
+        return tuple(of(x) for x in self.results)
+
+
+def result(shape, dtype=F32, layout=WGMMA) -> plgpu.ShapeDtypeStruct:
+    """Of a branch of `choose`."""
+    return plgpu.ShapeDtypeStruct(shape, dtype, layout=layout)
 
 
 def meet(barrier) -> None:

@@ -13,7 +13,8 @@ from jax.extend.core import Literal, Var, jaxprs_in_params
 
 from kernels.gla import mosaic_gpu
 from kernels.gla.mosaic_gpu import backward, finish, forward_tiers
-from kernels.gla.mosaic_gpu.warpgroup import warps_wait
+from kernels.gla.mosaic_gpu.ldmatrix import load_tile, store_tile
+from kernels.gla.mosaic_gpu.warpgroup import Anything, warps_wait
 
 ROUNDS = 3  # of a loop that are followed: what one round leaves meets the next, and tiles taken in turns come round
 ARITHMETIC = {
@@ -90,9 +91,12 @@ def follow(jaxpr, env, warps):
         return inside
 
     def place(variable, tree, leaves):
+        return of_transforms(variable, jax.tree.unflatten(tree, leaves) if tree is not None else ())
+
+    def of_transforms(variable, transforms):
         allocation = env.get(variable, ("allocation", id(variable)))
         ranges = []
-        for transform in jax.tree.unflatten(tree, leaves) if tree is not None else ():
+        for transform in transforms:
             if hasattr(transform, "indices"):
                 for index in transform.indices:
                     start, size = (index.start, index.size) if hasattr(index, "start") else (index, 1)
@@ -104,10 +108,22 @@ def follow(jaxpr, env, warps):
     def shared_memory(variable):
         return "smem" in str(getattr(variable.aval, "memory_space", "")).lower()
 
+    def write(at, shape):
+        warps.need(at, warps.read_by_products, warps.sent, what="written while it is read")
+        if len(shape) < 2:
+            warps.need(at, warps.read, what="written while it is read")
+        if shape:  # (a scalar is written by each thread itself)
+            warps.written.append(at), warps.uncommitted.append(at)
+
+    def read(at, shape):
+        if len(shape) < 2:
+            warps.need(at, warps.written, what="read before it is written")
+        warps.read.append(at)
+
     arrived = None
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
-        warps.line = source_info_util.summarize(eqn.source_info)
+        warps.line = source_info_util.summarize(eqn.source_info, 2)
         if name in ARITHMETIC and not eqn.outvars[0].aval.shape:
             known = [value(x) for x in eqn.invars]
             if all(isinstance(x, int) for x in known) and not (name in ("div", "rem") and known[1] == 0):
@@ -123,16 +139,7 @@ def follow(jaxpr, env, warps):
                     env[eqn.outvars[0]] = value(ref)
                 continue
             at, shape = place(ref, params["tree"], rest), eqn.outvars[0].aval.shape
-            if name == "swap":
-                warps.need(at, warps.read_by_products, warps.sent, what="written while it is read")
-                if len(shape) < 2:
-                    warps.need(at, warps.read, what="written while it is read")
-                if shape:  # (a scalar is written by each thread itself)
-                    warps.written.append(at), warps.uncommitted.append(at)
-            else:
-                if len(shape) < 2:
-                    warps.need(at, warps.written, what="read before it is written")
-                warps.read.append(at)
+            (write if name == "swap" else read)(at, shape)
         elif name == "wgmma_ref":
             trees = [params.get(f"{x}_transforms_tree") for x in ("acc", "a", "b")]
             leaves = list(eqn.invars[3:])
@@ -159,8 +166,16 @@ def follow(jaxpr, env, warps):
             warps.uncommitted.clear()
             warps.barrier()
         elif name == "inline_mgpu_p":
-            if params["mgpu_fn"] is warps_wait:  # `settle`
+            fn = params["mgpu_fn"]
+            if fn is warps_wait:  # `settle`
                 warps.barrier()
+            elif fn in (load_tile, store_tile):
+                arguments = params["pytree_args"].num_leaves
+                transforms = jax.tree.unflatten(params["pytree_ref_transforms"], eqn.invars[arguments:])
+                at = of_transforms(eqn.invars[0], transforms[0])
+                (write if fn is store_tile else read)(at, eqn.invars[0].aval.shape)
+            else:
+                assert not any(shared_memory(x) for x in eqn.invars), f"{fn} is not known here"
         elif name == "wait_smem_to_gmem":
             del warps.sent[: max(len(warps.sent) - params["n"], 0)]
             warps.barrier()
@@ -171,6 +186,8 @@ def follow(jaxpr, env, warps):
         elif name == "cond":
             index, states = value(eqn.invars[0]), []
             for branch in params["branches"] if index is None else [params["branches"][index]]:
+                if any(isinstance(x.params.get("mgpu_fn"), Anything) for x in branch.jaxpr.eqns):
+                    continue  # never taken
                 inside = enter(branch.jaxpr, [*branch.consts, *eqn.invars[1:]])
                 states.append(
                     warps.then(lambda after, branch=branch, inside=inside: follow(branch.jaxpr, inside, after))

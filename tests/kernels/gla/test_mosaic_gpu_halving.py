@@ -9,6 +9,11 @@ from kernels.gla.mosaic_gpu import documents, halving
 ROW, COLUMN = np.arange(64)[:, None], np.arange(64)[None]
 
 
+@pytest.fixture(autouse=True)
+def arrays_for_references(monkeypatch):
+    monkeypatch.setattr(halving, "load", lambda table: table)
+
+
 def bit(number):
     return (halving.table() >> number) & 1 == 1
 
