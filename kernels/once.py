@@ -90,7 +90,7 @@ def _lower_wait(_, x):
     with _lock:
         largest = max((size for size, _ in _waiting), default=0)
         for size, program in _waiting:
-            compiling = _threads.submit(_compile, program, 0.08 * (1 - size / largest))
+            compiling = _threads.submit(_compile, program, 0.12 * (1 - size / largest))
             _under_way.add(compiling)
             compiling.add_done_callback(_under_way.discard)
         _waiting.clear()
@@ -101,9 +101,10 @@ def _lower_wait(_, x):
 def _compile(program: jax.stages.Lowered, delay: float):
     """After so many seconds. Errors stay in the thread: the program's own compilation meets them again.
 
-    A compilation starts with some options of LLVM and goes on, for most of its time, with others. They are global, so
-    it only starts while no other is in its second part, or else waits for that to end. With these delays a smaller
-    kernel, which is through the first part sooner, does not get into the second while a larger one is in the first.
+    For a moment near its start a compilation needs some options of LLVM, and from 15 to 140 ms later on, by the size of
+    the kernel, others. They are global: compilations that need the same go side by side, those that need the first wait
+    for the end of all that are at the second. So the moments of all kernels have to pass before any is at the second.
+    With these delays the largest kernels, which take longest to get there, pass first.
     """
     time.sleep(delay)
     program.compile()
