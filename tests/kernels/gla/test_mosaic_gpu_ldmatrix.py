@@ -3,9 +3,13 @@
 import operator
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.extend.core import jaxprs_in_params
 
-from kernels.gla.mosaic_gpu import ldmatrix
+from kernels.gla import mosaic_gpu
+from kernels.gla.mosaic_gpu import ldmatrix, warpgroup
 
 THREADS = 128
 
@@ -46,3 +50,44 @@ def test_every_register_is_where_its_numbers_are(monkeypatch, columns, strides):
             block = 2 * (row // 8 * strides[0] + column // 64 * strides[1])
             part = (column % 64 // 8) ^ (row % 8)
             assert at == block + 128 * (row % 8) + 16 * part + 2 * (column % 8)
+
+
+@pytest.mark.parametrize(("K", "V"), [(64, 64), (128, 256)], ids=["fused", "wide"])
+def test_no_access_is_lowered_twice(monkeypatch, K, V):
+    """Pallas lowers the first branch of a cond twice, so none has an access first (`warpgroup.choose`)."""
+    jax.clear_caches()  # of kernels traced before
+    accesses = []
+
+    def noted(access):
+        def call(*args):
+            accesses.append(access)
+            return access(*args)
+
+        return call
+
+    by_hand = [noted(ldmatrix.load_tile), noted(ldmatrix.store_tile)]
+    for name, call in zip(("load_tile", "store_tile"), by_hand, strict=True):
+        monkeypatch.setattr(warpgroup, name, call)
+
+    def both(do, *inputs):
+        o, vjp = jax.vjp(lambda *inputs: mosaic_gpu.gated_linear_attention(*inputs, scale=1.0), *inputs)
+        return o, *vjp(do)
+
+    seen = []  # a kernel that is called twice is lowered once
+
+    def written(jaxpr) -> int:
+        count = 0
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "lowered_once":
+                if eqn.params["kernels"] in seen:
+                    continue
+                seen.append(eqn.params["kernels"])
+            count += eqn.params.get("mgpu_fn") in by_hand
+            count += sum(map(written, jaxprs_in_params(eqn.params)))
+        return count
+
+    q, v = (jax.ShapeDtypeStruct((1, 192, 1, width), jnp.bfloat16) for width in (K, V))
+    traced = jax.jit(both).trace(v, q, q, v, q)
+    traced.lower(lowering_platforms=("cuda",))
+    jax.clear_caches()
+    assert len(accesses) == written(traced.jaxpr.jaxpr) > 40
