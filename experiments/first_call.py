@@ -7,6 +7,7 @@ is off. "second" is another program of the same process with the same calls.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -19,7 +20,7 @@ import jax
 import tyro
 
 from glax.errors import UserError, exit_code
-from kernel_speed import CASES, inputs_of
+from kernel_speed import CASES, inputs_of, with_backward
 from kernels import gated_linear_attention
 from kernels.gla import api
 from results_file import ResultsFile
@@ -49,13 +50,7 @@ def measure(name: str, implementation: str | None) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     inputs, _, do = jax.block_until_ready(inputs_of(CASES[name], "gla", dtype, 1))
-
-    def call(*inputs):
-        return gated_linear_attention(*inputs, implementation=implementation)
-
-    def both(do, *inputs):
-        o, vjp = jax.vjp(call, *inputs)
-        return o, *vjp(do)
+    both = with_backward(functools.partial(gated_linear_attention, implementation=implementation))
 
     def another(do, *inputs):
         return [2 * x for x in both(do + 1, *inputs)]

@@ -142,14 +142,19 @@ def softmax_inputs(case: Case, name: str, dtype: str) -> tuple[list[jax.Array], 
     return qkv, do
 
 
-def compiled(call: Callable, arguments: list, do: jax.Array | None) -> Program:
-    """`call`, or with `do` its forward and backward, traced, compiled and run once."""
+def with_backward(call: Callable) -> Callable:
+    """A function of do and the arguments of `call`: what that returns, and the gradients of each argument."""
 
     def both(do, *arguments):
         o, vjp = jax.vjp(call, *arguments)
         return o, *vjp(do)
 
-    function, arguments = (call, arguments) if do is None else (both, [do, *arguments])
+    return both
+
+
+def compiled(call: Callable, arguments: list, do: jax.Array | None) -> Program:
+    """`call`, or with `do` its forward and backward, traced, compiled and run once."""
+    function, arguments = (call, arguments) if do is None else (with_backward(call), [do, *arguments])
     start = time.perf_counter()
     program = jax.jit(function).lower(*arguments).compile()
     jax.block_until_ready(program(*arguments))

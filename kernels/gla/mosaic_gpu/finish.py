@@ -231,7 +231,7 @@ def finish(
                 return pin(whole * weight)
 
             plgpu.barrier_wait(arrived.at[slot])
-            store(g_c, jnp.maximum(load(g_c, WGMMA), jnp.asarray(FLOOR, BF16)))
+            store(g_c, jnp.maximum(load(g_c), jnp.asarray(FLOOR, BF16)))
             plgpu.commit_smem()
             dq = carried(DQ, dq_arrived, PREFIX, lambda: reached(own_factors))
             change = pin(raw_q() * dq)

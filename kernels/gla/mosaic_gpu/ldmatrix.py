@@ -2,7 +2,7 @@
 
 Pallas lowers an access for any layout: some 250 operations, most of which fold to constants, and for a store those of a
 load as well, whose result nothing uses. That was half of all operations of a kernel, and so of the time until its first
-call. Here is the one layout that these kernels have, in 60 operations and the same machine code: rows of 64 numbers,
+call. Here is the one layout that they have, in 60 operations and much the same machine code: rows of 64 numbers,
 128 bytes whose parts of 16 are permuted by the number of the row (`warpgroup.transforms`), and registers as `wgmma`
 accumulates. The functions are for `inline_mgpu`, and get a reference as Mosaic has it: [8, n / 64, 8, 64] for [64, n].
 """

@@ -93,7 +93,7 @@ def prepare(q, k, log_alpha, *, scale, documents=None, chunks_per_block=4, inter
             q_c, k_c, g_c = q_s.at[slot], k_s.at[slot], g_s.at[slot]
             raw_q, raw_k = lambda: load(q_c).astype(F32), lambda: load(k_c).astype(F32)
             own_factors = factors_s.at[slot] if packed else None
-            store(g_c, jnp.maximum(load(g_c, WGMMA), jnp.asarray(FLOOR, BF16)))
+            store(g_c, jnp.maximum(load(g_c), jnp.asarray(FLOOR, BF16)))
             plgpu.commit_smem()
 
             @pl.when(step + 1 < steps)

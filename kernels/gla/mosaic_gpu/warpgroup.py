@@ -74,7 +74,7 @@ def load(ref, layout=None, optimized=True) -> jax.Array:
     """Shared or device memory to registers; `optimized=False` allows device memory, which has no layout of its own."""
     if layout is None and not optimized:
         layout = WGMMA
-    elif layout in (None, WGMMA) and _is_tile(ref):
+    elif layout is None and _is_tile(ref):
         kind = plgpu.ShapeDtypeStruct(ref.shape, ref.dtype, layout=WGMMA)
         return plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms()),), return_type=kind)(load_tile)(ref)
     return plgpu.load(ref, layout=layout, optimized=optimized)
